@@ -1,0 +1,69 @@
+"""The exception tree of pi_system; every class carries the exit code of its command.
+
+::
+
+    PiError                 1  failure
+    +-- UsageError          2  a wrong argument, file name, shape or configuration
+    +-- UnsupportedLayer    2  a network that cannot be linearized or exported
+    +-- BudgetError         3  a budget or a regression limit is broken
+    +-- ParityError         4  the private answer differs from plaintext's
+    +-- PeerError           5  a peer was lost, refused the connection or timed out
+    |   +-- PeerTimeout     5
+    |   +-- ProtocolError   5  the peer sent something the protocol does not allow
+    +-- RefusedError        6  identity, integrity or reuse of one-time material
+        +-- IntegrityError  6  a corrupt, truncated or mismatched file
+"""
+
+from __future__ import annotations
+
+
+class PiError(Exception):
+    """Base of everything this package raises on purpose. One line: what, where, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(PiError, ValueError):
+    """A wrong argument, path, shape or configuration value."""
+
+    exit_code = 2
+
+
+class UnsupportedLayer(UsageError):
+    """A layer that cannot be linearized or exported; the message names it and a way out."""
+
+
+class BudgetError(PiError):
+    """A measured or counted quantity is over its limit."""
+
+    exit_code = 3
+
+
+class ParityError(PiError):
+    """A private or fixed-point answer is further from plaintext than allowed."""
+
+    exit_code = 4
+
+
+class PeerError(PiError):
+    """A peer was lost, refused the connection or closed it early."""
+
+    exit_code = 5
+
+
+class PeerTimeout(PeerError):
+    """A peer did not answer within the time limit."""
+
+
+class ProtocolError(PeerError):
+    """A peer sent a message that the protocol does not allow at this point."""
+
+
+class RefusedError(PiError):
+    """Refused for identity, integrity or reuse of one-time material."""
+
+    exit_code = 6
+
+
+class IntegrityError(RefusedError):
+    """A corrupt, truncated or mismatched file."""

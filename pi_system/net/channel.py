@@ -1,0 +1,447 @@
+"""A connection between two parties: length-framed messages over one TCP socket.
+
+A frame is four bytes of length (little endian) and its payload. Sizes are checked before
+anything is allocated, every wait has a limit, and a lost peer is a :class:`PeerError` whatever
+the system called it. Frames are opaque here; what they mean is the backends' matter.
+
+Limits on waiting. A peer may be silent for ``timeout`` seconds; a frame under way must moreover
+keep an average of :data:`MIN_RATE`, so that a peer that trickles bytes cannot hold a party. A
+process that dies closes its socket and is noticed at once; a host that vanishes while it is
+waited for is noticed by TCP keep-alive in about 8 s even where ``timeout`` is long.
+
+The socket is non-blocking and tried before it is waited for, which serves plain and TLS sockets
+alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import select
+import socket
+import ssl
+import time
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
+from .framing import (
+    ABORT,
+    ABORT_LIMIT,
+    BUFFER,
+    HEADER,
+    Array,
+    Data,
+    Deadline,
+    Incoming,
+    bytes_of,
+    little_endian,
+)
+from .framing import MAX_FRAME as MAX_FRAME
+from .framing import PeerClosed as PeerClosed
+from .meter import Meter
+
+DEFAULT_TIMEOUT: Final = 8.0
+
+_MAX_JSON: Final = 1 << 20
+_SMALL: Final = 1 << 14
+_WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Channel:
+    """One connection to a peer. Not for use by several threads at once.
+
+    After an exception of :mod:`pi_system.errors` the connection is closed: half a frame may have
+    passed.
+
+    Attributes:
+        peer: what the peer is called in messages and in the log ("server", "client", "dealer").
+        meter: counts every frame; shared by the channels of a party.
+        timeout: seconds a peer may be silent; ``None`` waits for ever.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        peer: str = "peer",
+        meter: Meter | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> None:
+        self.peer = peer
+        self.meter = Meter() if meter is None else meter
+        self.timeout = timeout
+        self._socket = sock
+        self._closed = False
+        self._buffer = bytearray(BUFFER)
+        self._start = self._end = 0
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
+        sock.setblocking(False)
+
+    # -- frames -------------------------------------------------------------------------------
+
+    def send(self, data: Data) -> None:
+        """Send one frame."""
+        outgoing = self._open_frame(data)
+        self._run(outgoing)
+
+    def recv(self, limit: int = MAX_FRAME) -> bytes:
+        """Receive one frame of at most ``limit`` bytes.
+
+        Raises:
+            ProtocolError: the frame is longer.
+            PeerClosed: the connection was closed before the frame began.
+            PeerTimeout, PeerError: the peer was silent for too long, or lost.
+        """
+        incoming = Incoming(limit=limit)
+        self._run([], incoming)
+        return self._received(incoming)
+
+    def recv_into(self, buffer: Data | Array) -> None:
+        """Receive one frame of exactly the size of the writable, contiguous ``buffer``."""
+        incoming = Incoming(into=bytes_of(buffer))
+        self._run([], incoming)
+        self._count(incoming)
+
+    def exchange(self, data: Data, limit: int = MAX_FRAME) -> bytes:
+        """Send a frame and receive one at the same time, whatever their sizes.
+
+        Both peers call this; neither waits for the other to drain its frame.
+        """
+        outgoing, incoming = self._open_frame(data), Incoming(limit=limit)
+        self._run(outgoing, incoming)
+        return self._received(incoming)
+
+    # -- arrays and JSON ----------------------------------------------------------------------
+
+    def send_array(self, array: Array) -> None:
+        """Send the little-endian bytes of a C-contiguous array as one frame, uncopied."""
+        self._run(self._open_frame(little_endian(array)))
+
+    def recv_array(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
+        """Receive an array whose type and shape both sides know."""
+        array = np.empty(shape, np.dtype(dtype).newbyteorder("<"))
+        self.recv_into(array)
+        return array
+
+    def exchange_array(self, array: Array) -> Array:
+        """Send an array and receive one of the same type and shape at the same time."""
+        out = little_endian(array)
+        result = np.empty_like(out)
+        outgoing, incoming = self._open_frame(out), Incoming(into=bytes_of(result))
+        self._run(outgoing, incoming)
+        self._count(incoming)
+        return result
+
+    def send_json(self, value: Any) -> None:
+        """Send a small JSON document as one frame."""
+        self.send(json.dumps(value, separators=(",", ":")).encode())
+
+    def recv_json(self, limit: int = _MAX_JSON) -> Any:
+        """Receive a JSON document of at most ``limit`` bytes."""
+        data = self.recv(limit)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._broken(ProtocolError(f"the {self.peer} sent no valid JSON")) from error
+
+    # -- ends ---------------------------------------------------------------------------------
+
+    def abort(self, error: Exception) -> None:
+        """Tell the peer why this side gives up, if that is still possible, and close.
+
+        The peer's next receive raises :class:`RefusedError` or :class:`PeerError` with the reason.
+        """
+        if self._closed:
+            return
+        kind = b"refused" if isinstance(error, RefusedError) else b"failed"
+        text = " ".join(str(error).split()).encode()[: ABORT_LIMIT - 16]
+        payload = kind + b" " + text
+        message = HEADER.pack(ABORT) + HEADER.pack(len(payload)) + payload
+        with contextlib.suppress(OSError):  # the peer will see the connection close anyway
+            self._socket.send(message)
+            self._socket.shutdown(socket.SHUT_WR)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._socket.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _open_frame(self, data: Data | Array) -> list[memoryview]:
+        """Count a frame to be sent; returns its pieces, uncopied where large."""
+        payload = bytes_of(data)
+        size = len(payload)
+        if size > MAX_FRAME:
+            raise UsageError(f"a message of {size} bytes is over the limit of {MAX_FRAME}")
+        header = HEADER.pack(size)
+        self.meter.frame(self.peer, "sent", len(header) + size)
+        if size <= _SMALL:
+            return [memoryview(header + payload)]
+        return [memoryview(header), payload]
+
+    def _received(self, incoming: Incoming) -> bytes:
+        self._count(incoming)
+        return bytes(incoming.data)
+
+    def _count(self, incoming: Incoming) -> None:
+        self.meter.frame(self.peer, "received", HEADER.size + incoming.size)
+
+    def _run(self, outgoing: list[memoryview], incoming: Incoming | None = None) -> None:
+        """Send all of ``outgoing`` and fill ``incoming``, waiting as long as allowed."""
+        if self._closed:
+            raise PeerError(f"the connection to the {self.peer} is closed")
+        deadline = Deadline(self.timeout)
+        deadline.expect(sum(map(len, outgoing)))
+        pending = outgoing[::-1]
+        try:
+            while pending or (incoming is not None and not incoming.complete):
+                moved = self._send_some(pending) if pending else False
+                if incoming is not None and not incoming.complete:
+                    moved |= self._receive_some(incoming, deadline)
+                if moved:
+                    deadline.progress()
+                else:
+                    reading = incoming is not None and not incoming.complete
+                    self._wait(reading, bool(pending), deadline)
+        except (PeerError, RefusedError):
+            self.close()
+            raise
+        except OSError as error:
+            self._last_words()
+            self.close()
+            reason = error.strerror or str(error)
+            raise PeerError(f"lost the {self.peer}: {reason}") from error
+        except BaseException:
+            self.close()  # a frame may be half sent
+            raise
+
+    def _send_some(self, pending: list[memoryview]) -> bool:
+        moved = False
+        while pending:
+            try:
+                sent = self._socket.send(pending[-1])
+            except _WOULD_BLOCK:
+                return moved
+            moved = True
+            if sent == len(pending[-1]):
+                pending.pop()
+            else:
+                pending[-1] = pending[-1][sent:]
+        return moved
+
+    def _receive_some(self, incoming: Incoming, deadline: Deadline) -> bool:
+        moved = False
+        while not incoming.complete:
+            if self._start < self._end:
+                view = memoryview(self._buffer)[self._start : self._end]
+                try:
+                    self._start += incoming.take(view, self.peer, deadline)
+                finally:
+                    view.release()
+                continue
+            direct = incoming.room()
+            target = memoryview(self._buffer) if direct is None else direct
+            try:
+                count = self._socket.recv_into(target)
+            except _WOULD_BLOCK:
+                return moved
+            if count == 0:
+                if incoming.begun:
+                    raise PeerError(f"lost the {self.peer} in the middle of a message")
+                raise PeerClosed(f"the {self.peer} closed the connection")
+            moved = True
+            if direct is None:
+                self._start, self._end = 0, count
+            else:
+                incoming.advance(count)
+        return True
+
+    def _wait(self, reading: bool, writing: bool, deadline: Deadline) -> None:
+        left = deadline.left()
+        if left <= 0:
+            what = "sent nothing" if reading else "took nothing"
+            raise PeerTimeout(f"the {self.peer} {what} within {self.timeout:g} s")
+        poll = select.poll()
+        poll.register(
+            self._socket, (select.POLLIN if reading else 0) | (select.POLLOUT if writing else 0)
+        )
+        poll.poll(None if math.isinf(left) else math.ceil(left * 1000))
+
+    def _last_words(self) -> None:
+        """Raise the reason of a peer that aborted while this side was still sending."""
+        deadline = Deadline(self.timeout)
+        while True:
+            incoming = Incoming()
+            try:
+                self._receive_some(incoming, deadline)
+            except PeerClosed:
+                return
+            except (PeerError, RefusedError):
+                self.close()
+                raise
+            except OSError:
+                return
+            if not incoming.complete:
+                return
+
+    def _broken(self, error: PeerError) -> PeerError:
+        self.close()
+        return error
+
+
+class Listener:
+    """A listening TCP socket. Port 0 takes a free one; :attr:`port` tells which.
+
+    Raises:
+        UsageError: the address cannot be had (in use, not of this host).
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        _check_port(port)
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.create_server((host, port), family=family, backlog=16)
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            reason = "the port is in use" if in_use else (error.strerror or str(error))
+            raise UsageError(f"cannot listen on {host}:{port}: {reason}") from error
+
+    @classmethod
+    def adopt(cls, descriptor: int) -> Listener:
+        """Take over a listening socket inherited from the parent process."""
+        listener = cls.__new__(cls)
+        try:
+            listener._socket = socket.socket(fileno=descriptor)
+        except OSError as error:
+            raise UsageError(f"file descriptor {descriptor} is not a listening socket") from error
+        return listener
+
+    @property
+    def host(self) -> str:
+        return str(self._socket.getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        return int(self._socket.getsockname()[1])
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def accept(
+        self,
+        *,
+        wait: float | None = None,
+        peer: str = "peer",
+        meter: Meter | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> Channel:
+        """The next connection, waiting up to ``wait`` seconds for it.
+
+        Raises:
+            PeerTimeout: nobody connected.
+        """
+        self._socket.settimeout(wait)
+        try:
+            sock, _ = self._socket.accept()
+        except TimeoutError as error:
+            raise PeerTimeout(f"the {peer} did not connect within {wait:g} s") from error
+        return Channel(sock, peer=peer, meter=meter, timeout=timeout)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def connect(
+    host: str,
+    port: int,
+    *,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    retry_for: float = DEFAULT_TIMEOUT,
+    peer: str = "peer",
+    meter: Meter | None = None,
+) -> Channel:
+    """Connect to a listening party, retrying for ``retry_for`` seconds while nobody listens.
+
+    Raises:
+        UsageError: the host name is unknown, or the port number no such.
+        PeerTimeout: nobody listened in time.
+    """
+    _check_port(port)
+    deadline = time.monotonic() + retry_for
+    pause = 0.02
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            sock = socket.create_connection((host, port), timeout=max(left, 0.1))
+            return Channel(sock, peer=peer, meter=meter, timeout=timeout)
+        except socket.gaierror as error:
+            raise UsageError(f"unknown host {host!r} for the {peer}") from error
+        except OSError as error:
+            if time.monotonic() + pause >= deadline:
+                reason = error.strerror or str(error)
+                raise PeerTimeout(
+                    f"cannot reach the {peer} at {host}:{port} within {retry_for:g} s: {reason}"
+                ) from error
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
+def channel_pair(
+    *, timeout: float | None = DEFAULT_TIMEOUT, names: tuple[str, str] = ("server", "client")
+) -> tuple[Channel, Channel]:
+    """Two connected channels, each with a meter, for tests; ``names`` says who holds which."""
+    first, second = socket.socketpair()
+    return (
+        Channel(first, peer=names[1], timeout=timeout),
+        Channel(second, peer=names[0], timeout=timeout),
+    )
+
+
+def _check_port(port: int) -> None:
+    if not 0 <= port <= 65535:
+        raise UsageError(f"{port} is no port number (0 to 65535)")
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 2),
+        ("TCP_KEEPINTVL", 2),
+        ("TCP_KEEPCNT", 3),
+    ):
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)

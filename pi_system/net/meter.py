@@ -1,0 +1,121 @@
+"""Every frame counted: which phase, inference and layer it belongs to, and its bytes.
+
+One :class:`Meter` serves all channels of a party, so that its log is in the party's own order of
+sending and receiving. The longest chain of dependent messages (``bench/rounds.py``) is read from
+the logs of the parties put together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Literal, NamedTuple
+
+Phase = Literal["setup", "offline", "online"]
+Direction = Literal["sent", "received"]
+
+PHASES: Final[tuple[Phase, ...]] = ("setup", "offline", "online")
+
+
+class Event(NamedTuple):
+    """One frame. ``bytes`` is what the socket carried, framing included.
+
+    ``inference`` counts from 0 and is -1 in the setup phase; ``layer`` is "" outside layers.
+    """
+
+    phase: Phase
+    inference: int
+    layer: str
+    peer: str
+    direction: Direction
+    bytes: int
+
+
+class Labels(NamedTuple):
+    """What a frame is counted under."""
+
+    phase: Phase
+    inference: int
+    layer: str
+
+
+class Meter:
+    """The labels in force, the log of frames and the seconds spent in each layer.
+
+    Frames before any :meth:`in_phase` count as setup. With ``log`` false only the byte totals
+    are kept, so that a server may run for months.
+    """
+
+    def __init__(self, *, log: bool = True) -> None:
+        self.labels: Labels = Labels("setup", -1, "")
+        self.events: list[Event] = []
+        self.totals: dict[tuple[Phase, str, Direction], int] = {}
+        self.seconds: dict[Labels, float] = {}
+        self._log = log
+
+    def frame(self, peer: str, direction: Direction, size: int) -> None:
+        """Count one frame of ``size`` bytes under the labels in force."""
+        labels = self.labels
+        key = (labels.phase, peer, direction)
+        self.totals[key] = self.totals.get(key, 0) + size
+        if self._log:
+            self.events.append(Event(*labels, peer, direction, size))
+
+    def move_last(self, phase: Phase, inference: int = -1) -> None:
+        """Count the latest frame under another phase.
+
+        For the receiver of a command, who learns from the frame which phase it opens.
+        """
+        if not self._log:
+            return
+        last = self.events[-1]
+        self.totals[last.phase, last.peer, last.direction] -= last.bytes
+        key = (phase, last.peer, last.direction)
+        self.totals[key] = self.totals.get(key, 0) + last.bytes
+        self.events[-1] = last._replace(phase=phase, inference=inference)
+
+    @contextmanager
+    def in_phase(self, phase: Phase, inference: int = -1) -> Iterator[None]:
+        """Count frames under ``phase`` (and ``inference``) until the block ends."""
+        with self._labelled(Labels(phase, inference, "")):
+            yield
+
+    @contextmanager
+    def in_layer(self, layer: str) -> Iterator[None]:
+        """Count frames under ``layer``, and its seconds (waiting included)."""
+        with self._labelled(self.labels._replace(layer=layer)):
+            yield
+
+    @contextmanager
+    def _labelled(self, labels: Labels) -> Iterator[None]:
+        before, self.labels = self.labels, labels
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.labels = before
+            if self._log:
+                spent = time.perf_counter() - started
+                self.seconds[labels] = self.seconds.get(labels, 0.0) + spent
+
+    def total(self, phase: Phase, peer: str, direction: Direction) -> int:
+        """Bytes so far in one phase, to or from one peer."""
+        return self.totals.get((phase, peer, direction), 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The log as JSON-able data, read back by :func:`events_from_json`."""
+        return {
+            "events": [list(event) for event in self.events],
+            "seconds": [[*labels, seconds] for labels, seconds in self.seconds.items()],
+        }
+
+
+def events_from_json(data: dict[str, Any]) -> list[Event]:
+    """The events of :meth:`Meter.to_json`."""
+    return [Event(*row) for row in data["events"]]
+
+
+def seconds_from_json(data: dict[str, Any]) -> dict[Labels, float]:
+    """The seconds per layer of :meth:`Meter.to_json`."""
+    return {Labels(*row[:-1]): row[-1] for row in data["seconds"]}

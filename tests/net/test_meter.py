@@ -1,0 +1,52 @@
+"""The meter: labels nest and end, the log follows the party's order, totals need no log."""
+
+from __future__ import annotations
+
+import json
+
+from pi_system.net.meter import Event, Labels, Meter, events_from_json, seconds_from_json
+
+
+def test_frames_are_counted_under_the_labels_in_force() -> None:
+    meter = Meter()
+    meter.frame("server", "sent", 10)
+    with meter.in_phase("online", 3):
+        with meter.in_layer("relu1"):
+            meter.frame("server", "sent", 20)
+        meter.frame("server", "received", 5)
+    meter.frame("dealer", "received", 1)
+    assert meter.events == [
+        Event("setup", -1, "", "server", "sent", 10),
+        Event("online", 3, "relu1", "server", "sent", 20),
+        Event("online", 3, "", "server", "received", 5),
+        Event("setup", -1, "", "dealer", "received", 1),
+    ]
+    assert meter.total("online", "server", "sent") == 20
+    assert set(meter.seconds) == {Labels("online", 3, ""), Labels("online", 3, "relu1")}
+
+
+def test_a_command_moves_to_the_phase_it_opens() -> None:
+    meter = Meter()
+    meter.frame("client", "received", 9)
+    meter.move_last("online", 0)
+    assert meter.events == [Event("online", 0, "", "client", "received", 9)]
+    assert meter.total("online", "client", "received") == 9
+    assert meter.total("setup", "client", "received") == 0
+
+
+def test_the_log_passes_through_json() -> None:
+    meter = Meter()
+    with meter.in_phase("online", 1), meter.in_layer("relu1"):
+        meter.frame("server", "sent", 10)
+    data = json.loads(json.dumps(meter.to_json()))
+    assert events_from_json(data) == meter.events
+    assert seconds_from_json(data) == meter.seconds
+
+
+def test_without_a_log_only_totals_are_kept() -> None:
+    meter = Meter(log=False)
+    with meter.in_phase("offline", 0):
+        meter.frame("dealer", "received", 7)
+    meter.move_last("online", 0)
+    assert meter.events == [] and meter.seconds == {}
+    assert meter.total("offline", "dealer", "received") == 7
