@@ -1,5 +1,6 @@
 """The plaintext side: partial ReLUs, their count, the architectures, bring-your-own-model."""
 
+from .budget import allocate as allocate
 from .linearize import feeding_layers as feeding_layers
 from .linearize import linearize as linearize
 from .linearize import with_activations as with_activations

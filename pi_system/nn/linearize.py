@@ -35,6 +35,14 @@ _OTHER_ACTIVATIONS = (
     nn.LogSigmoid, nn.LogSoftmax, nn.Softmin, nn.Softsign, nn.Threshold, nn.RReLU, nn.GLU,
     nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.MultiheadAttention,
 )  # fmt: skip
+# What may be done out of place: numbers must (the code of a trace would change them), tensors
+# nobody else reads had better.
+IN_PLACE: dict[Any, Callable[[Any, Any], Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 _OTHER_FUNCTIONS = {
     getattr(F, name)
     for name in (
@@ -52,11 +60,38 @@ _OTHER_METHODS = (
 )  # fmt: skip
 
 
+class _Proxy(fx.Proxy):
+    """``fx.Proxy`` that records ``x += y`` as what it is and not as ``x = x + y``."""
+
+    def _in_place(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+
 class Tracer(fx.Tracer):
-    """``fx.Tracer`` that keeps :class:`MaskedReLU` whole, so a masked network traces again."""
+    """``fx.Tracer`` that keeps in-place arithmetic, and :class:`MaskedReLU` whole, so that a
+    masked network traces again."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MaskedReLU) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, MaskedReLU):
+            return True
+        # A parametrized layer belongs to torch by name, its forward perhaps not.
+        own = str(type(m).forward.__module__).startswith("torch.")
+        return own and super().is_leaf_module(m, module_qualified_name)
 
 
 @contextmanager
@@ -93,7 +128,22 @@ def trace(model: nn.Module) -> fx.GraphModule:
     return result
 
 
+def layer_name(node: fx.Node) -> str:
+    """What a user would call ``node``: a module's path, or the path of the module whose code
+    calls the function and the function."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values() if path]
+    return f"{paths[-1]}.{node.name}" if paths else node.name
+
+
 def _trace_graph(model: nn.Module) -> fx.Graph:
+    if isinstance(model, fx.GraphModule):
+        # Tracing its code again would lose the names of its functions.
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(model.graph, {}))
+        return graph
     try:
         return Tracer().trace(model)
     except Exception as error:
@@ -154,11 +204,11 @@ def linearize(model: nn.Module, example: Tensor) -> fx.GraphModule:
         UnsupportedLayer: the network cannot be traced, or has an activation other than ReLU.
     """
     graph_module = trace(model)
-    _refuse_other_activations(graph_module)
+    refuse_other_activations(graph_module)
     values = _Values(graph_module)
     with evaluating(graph_module), torch.no_grad():
         try:
-            values.run(example)
+            values.run(example.clone())
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnsupportedLayer(
@@ -167,10 +217,18 @@ def linearize(model: nn.Module, example: Tensor) -> fx.GraphModule:
             ) from error
 
     nodes = list(graph_module.graph.nodes)
+    # Found out beforehand: a site takes the place of the module that a later call also names.
+    found = [
+        (_masked(n, graph_module), is_relu(n, graph_module), _in_place(n, graph_module))
+        for n in nodes
+    ]
     taken: set[str] = set()
-    for index, node in enumerate(list(nodes)):
-        masked = _masked(node, graph_module)
-        if masked is None and not is_relu(node, graph_module):
+    for index, (node, (masked, plain, in_place)) in enumerate(zip(list(nodes), found, strict=True)):
+        if node.target in IN_PLACE and (
+            node not in values.results or not any(_later_readers(nodes, index, values))
+        ):
+            node.target = IN_PLACE[node.target]
+        if masked is None and not plain:
             continue
         name = _site_name(node, taken)
         taken.add(name)
@@ -187,7 +245,7 @@ def linearize(model: nn.Module, example: Tensor) -> fx.GraphModule:
             source = node.args[0] if node.args else node.kwargs["input"]
             new = graph_module.graph.call_module(name, (source,))
         nodes[index], values.results[new] = new, values.results[node]
-        if _in_place(node, graph_module):
+        if in_place:
             _redirect_aliases(nodes, index, graph_module, values)
         node.replace_all_uses_with(new)
         graph_module.graph.erase_node(node)
@@ -202,6 +260,7 @@ class _Values(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
         self.results: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -211,26 +270,33 @@ class _Values(fx.Interpreter):
         return result
 
 
+def _later_readers(
+    nodes: list[fx.Node], index: int, values: _Values
+) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Earlier names of the memory of node ``index``, each with its readers after that node."""
+    position = {node: i for i, node in enumerate(nodes)}
+    storage = values.results[nodes[index]].untyped_storage().data_ptr()
+    for alias in nodes[:index]:
+        value = values.results.get(alias)
+        if value is not None and value.untyped_storage().data_ptr() == storage:
+            later = [user for user in alias.users if position.get(user, -1) > index]
+            if later:
+                yield alias, later
+
+
 def _redirect_aliases(
     nodes: list[fx.Node], index: int, module: fx.GraphModule, values: _Values
 ) -> None:
     """Give later readers of a tensor that ReLU ``index`` changed in place the changed value."""
-    position = {node: i for i, node in enumerate(nodes)}
     new = nodes[index]
     changed = values.results[new]
-    storage = changed.untyped_storage().data_ptr()
-    for alias in nodes[:index]:
-        value = values.results.get(alias)
-        if value is None or value.untyped_storage().data_ptr() != storage:
-            continue
-        later = [user for user in alias.users if position.get(user, -1) > index]
-        if not later:
-            continue
+    for alias, later in list(_later_readers(nodes, index, values)):
+        value = values.results[alias]
         same = value.shape == changed.shape and value.stride() == changed.stride()
         if not same or _is_dropout(alias, module):
             raise UnsupportedLayer(
-                f"layer {later[0].name}: reads a view of a tensor that {new.target} changes in "
-                "place; make that ReLU out of place"
+                f"layer {layer_name(later[0])}: reads a view of a tensor that {new.target} "
+                "changes in place; make that ReLU out of place"
             )
         for user in later:
             user.replace_input_with(alias, new)
@@ -309,7 +375,10 @@ def _in_place(node: fx.Node, module: fx.GraphModule) -> bool:
 
 
 def _site_name(node: fx.Node, taken: set[str]) -> str:
-    base = str(node.target) if node.op == "call_module" else f"site_{node.name}"
+    base = layer_name(node)
+    if node.op != "call_module":
+        owner, dot, function = base.rpartition(".")
+        base = f"{owner}{dot}site_{function}"
     name, count = base, 1
     while name in taken:
         count += 1
@@ -317,7 +386,8 @@ def _site_name(node: fx.Node, taken: set[str]) -> str:
     return name
 
 
-def _refuse_other_activations(graph_module: fx.GraphModule) -> None:
+def refuse_other_activations(graph_module: fx.GraphModule) -> None:
+    """Raise :class:`UnsupportedLayer` at the first activation that is not a ReLU."""
     for node in graph_module.graph.nodes:
         bad: str | None = None
         if node.op == "call_module":
@@ -330,7 +400,7 @@ def _refuse_other_activations(graph_module: fx.GraphModule) -> None:
             bad = str(node.target)
         if bad is not None:
             raise UnsupportedLayer(
-                f"layer {node.target if node.op == 'call_module' else node.name!s}: {bad} cannot "
+                f"layer {layer_name(node)}: {bad} cannot "
                 "be linearized or run privately; replace it with nn.ReLU, or move a final softmax "
                 "out of the network"
             )

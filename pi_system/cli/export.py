@@ -1,0 +1,213 @@
+"""``pi-export``: a trained or a user's own network becomes a file the parties can run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError
+from . import common
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..graph.fixedpoint import Parity
+    from ..graph.ir import Graph
+
+RANDOM_IMAGES = 8
+
+
+def _input_shape(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", value):
+        raise click.BadParameter(f"{value!r} is not CxHxW, such as 3x32x32")
+    return tuple(int(part) for part in value.split("x"))
+
+
+@click.command(epilog=common.EXIT_CODES)
+@click.argument("checkpoint", required=False)
+@click.option("-o", "target", type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--from", "factory", metavar="FILE.PY:FACTORY", help="A network of your own.")
+@click.option("--input", "shape", metavar="CxHxW", callback=_input_shape, help="Its input.")
+@click.option(
+    "--relus", type=click.IntRange(0), metavar="N", help="With --from: keep N, at random positions."
+)
+@click.option(
+    "--parity",
+    "parity_images",
+    metavar="IMAGES.npy|bundled|random",
+    help="Compare fixed point with plaintext on these images.",
+)
+@click.option(
+    "--fractional-bits", type=click.IntRange(1, 24), default=16, show_default=True,
+    help="With --parity: precision of the fixed point.",
+)  # fmt: skip
+@common.output_options
+def command(
+    checkpoint: str | None,
+    target: Path | None,
+    factory: str | None,
+    shape: tuple[int, ...] | None,
+    relus: int | None,
+    parity_images: str | None,
+    fractional_bits: int,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Export CHECKPOINT, or your own network, to a directory that pi-party and pi-bench run.
+
+    CHECKPOINT is what pi-train wrote, or a model's name (demo, demo-teacher,
+    random:resnet18@49600). The ReLU layers are printed; without -o nothing is written.
+
+    --from runs FILE.PY, your own code, and calls FACTORY(), which returns an nn.Module.
+    --parity ends with exit code 4 when the logits in fixed point are too far off.
+
+    \b
+    Examples:
+      pi-export runs/student -o student --parity random
+      pi-export --from mynet.py:build --input 3x32x32 --relus 20000 -o mynet
+    """
+    common.check_output(output)
+    graph = _graph(checkpoint, factory, shape, relus)
+    if relus is not None:
+        _note(f"note: the {relus} kept ReLUs are at random positions and nothing was trained")
+    result = None if parity_images is None else _parity(graph, parity_images, fractional_bits)
+    if target is not None:
+        from ..graph import serialize
+
+        serialize.save(target, graph)
+        _note(f"wrote {target}")
+    _print(graph, result, format_, output)
+    if result is not None:
+        result.require()
+
+
+def main() -> None:
+    """Entry point of ``pi-export``."""
+    sys.exit(common.run(command))
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _graph(
+    checkpoint: str | None, factory: str | None, shape: tuple[int, ...] | None, relus: int | None
+) -> Graph:
+    from .. import models
+
+    if (checkpoint is None) == (factory is None):
+        raise UsageError("give either a CHECKPOINT or --from FILE.PY:FACTORY")
+    if factory is not None:
+        if shape is None:
+            raise UsageError("--from needs --input, such as --input 3x32x32")
+        return models.from_file(factory, shape, relus=relus)
+    if shape is not None or relus is not None:
+        raise UsageError("--input and --relus go with --from; a checkpoint has its own")
+    assert checkpoint is not None
+    if (Path(checkpoint) / "manifest.json").is_file():
+        return models.from_checkpoint(Path(checkpoint))
+    return models.resolve(checkpoint)
+
+
+def _parity(graph: Graph, source: str, fractional_bits: int) -> Parity:
+    from .. import models
+    from ..graph import fixedpoint
+
+    if source == "random":
+        images = models.random_images(RANDOM_IMAGES, graph.input.shape)
+    elif source == "bundled":
+        images = models.normalise(models.demo_images()[0], graph.metadata)
+    else:
+        images = models.read_images(Path(source), graph)
+    return fixedpoint.parity(graph, images, fractional_bits=fractional_bits)
+
+
+def _print(graph: Graph, parity: Parity | None, format_: str, output: Path | None) -> None:
+    from ..graph import summary
+
+    facts = summary.describe(graph)
+    document = {
+        "model": facts,
+        "parity": None if parity is None else dataclasses.asdict(parity),
+    }
+    errors = {} if parity is None else {node.name: node for node in parity.nodes}
+
+    def rows() -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer["name"],
+                "op": layer["op"],
+                "shape": "x".join(map(str, layer["shape"])),
+                "relu_total": layer["relu_total"],
+                "relu_kept": layer["relu_kept"],
+            }
+            | (
+                {
+                    "max_abs_value": errors[layer["name"]].max_abs_value,
+                    "max_abs_error": errors[layer["name"]].max_abs_error,
+                }
+                if parity is not None
+                else {}
+            )
+            for layer in facts["layers"]
+        ]
+
+    def table(console: Console) -> None:
+        _table(console, graph, facts)
+        if parity is not None:
+            _parity_table(console, parity)
+
+    common.emit(document, format_=format_, output=output, table=table, rows=rows)
+
+
+def _table(console: Console, graph: Graph, facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from ..graph import summary
+
+    table = Table(title=f"{facts['name']}: ReLU layers", title_justify="left")
+    table.add_column("layer")
+    for column in ("shape", "ReLUs", "kept", "kept %"):
+        table.add_column(column, justify="right")
+    for layer in summary.relu_layers(graph):
+        _row(table, layer.name, "x".join(map(str, layer.shape)), layer.total, layer.kept)
+    table.add_section()
+    _row(table, "all (as SENet counts)", "", facts["relu_total"], facts["relu_kept"])
+    _row(
+        table,
+        "without the stem (as SNL counts)",
+        "",
+        facts["relu_total_without_stem"],
+        facts["relu_kept_without_stem"],
+    )
+    console.print(table)
+    console.print(f"{facts['parameters']:,} parameters, SHA-256 {facts['sha256']}", soft_wrap=True)
+
+
+def _row(table: Any, name: str, shape: str, total: int, kept: int) -> None:
+    share = f"{100 * kept / total:.1f}" if total else "-"
+    table.add_row(name, shape, f"{total:,}", f"{kept:,}", share)
+
+
+def _parity_table(console: Console, parity: Parity) -> None:
+    from rich.table import Table
+
+    title = f"plaintext against fixed point of {parity.fractional_bits} fractional bits"
+    table = Table(title=f"{title}, {parity.images} images", title_justify="left")
+    for column in ("layer", "op"):
+        table.add_column(column)
+    for column in ("max |value|", "max |error|"):
+        table.add_column(column, justify="right")
+    for node in parity.nodes:
+        table.add_row(node.name, node.op, f"{node.max_abs_value:.3f}", f"{node.max_abs_error:.2e}")
+    console.print(table)
+    console.print(f"argmax agrees on {100 * parity.argmax_agreement:.1f} % of the images")

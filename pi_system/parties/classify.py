@@ -1,0 +1,129 @@
+"""One client session from images to a report: warm up, then inference after inference, timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .client import Client, ClientSettings
+from .images import normalise
+from .process import peak_memory
+
+_PINGS = 5
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One inference on the client's clock.
+
+    Attributes:
+        images: positions of its images among those given (a padded batch repeats the last).
+        online_seconds: from holding the images to holding the logits.
+        offline_seconds: laying the material of this inference on all sides.
+        logits: (len(images), classes).
+    """
+
+    number: int
+    images: tuple[int, ...]
+    offline_seconds: float
+    online_seconds: float
+    logits: list[list[float]]
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What a client knows after its session; JSON-able by :meth:`to_json`.
+
+    Attributes:
+        metadata: the model's public metadata.
+        setup_seconds: from the first connection to the end of the setup phase.
+        round_trip_seconds: of a few empty messages.
+        inferences: without warm-ups.
+        meter: see :meth:`Meter.to_json`.
+    """
+
+    backend: str
+    batch: int
+    threads: int
+    sha256: str
+    metadata: dict[str, Any]
+    setup_seconds: float
+    round_trip_seconds: list[float]
+    warmup: int
+    inferences: list[Inference]
+    meter: dict[str, Any]
+    peak_memory: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def classify(
+    settings: ClientSettings,
+    images: npt.NDArray[Any],
+    *,
+    repeat: int = 1,
+    warmup: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ClientReport:
+    """Classify every image at least once, in batches, one inference after another.
+
+    Args:
+        images: (N, C, H, W) normalised float32, or uint8 (see :func:`normalise`).
+        repeat: run at least so many inferences, starting over with the first image.
+        warmup: inferences on the first batch before these, not reported.
+        progress: called between inferences, never inside a timed region.
+
+    Raises:
+        UsageError: the images do not fit the model.
+        PiError: the session failed.
+    """
+    started = time.perf_counter()
+    with Client(settings) as client:
+        graph = client.model.graph
+        inputs = normalise(images, graph.metadata, graph.input.shape)
+        client.check_images(inputs)
+        client.setup()
+        setup_seconds = time.perf_counter() - started
+        round_trips = [_timed(client.ping)[0] for _ in range(_PINGS)]
+        batches = _batches(len(inputs), settings.batch)
+        total = warmup + max(repeat, len(batches))
+        inferences: list[Inference] = []
+        for number in range(total):
+            rows = batches[max(0, number - warmup) % len(batches)]
+            padded = inputs[[*rows, *[rows[-1]] * (settings.batch - len(rows))]]
+            offline_seconds, _ = _timed(partial(client.offline, 1))
+            online_seconds, logits = _timed(partial(client.online, padded))
+            if number >= warmup:
+                values = np.asarray(logits, np.float64)[: len(rows)].tolist()
+                inferences.append(Inference(number, rows, offline_seconds, online_seconds, values))
+            progress(number + 1, total)
+    return ClientReport(
+        backend=settings.backend_name,
+        batch=settings.batch,
+        threads=settings.threads,
+        sha256=client.model.sha256,
+        metadata=dict(graph.metadata),
+        setup_seconds=setup_seconds,
+        round_trip_seconds=round_trips,
+        warmup=warmup,
+        inferences=inferences,
+        meter=client.meter.to_json(),
+        peak_memory=peak_memory(),
+    )
+
+
+def _batches(count: int, batch: int) -> list[tuple[int, ...]]:
+    return [tuple(range(i, min(i + batch, count))) for i in range(0, count, batch)]
+
+
+def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = action()
+    return time.perf_counter() - started, result

@@ -1,0 +1,177 @@
+"""The client: owns the images, drives the session, never holds a weight."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.base import Backend, Options
+from ..errors import PiError, ProtocolError, UsageError
+from ..net.channel import connect
+from ..net.meter import Meter
+from . import commands, handshake
+from .address import Address
+from .commands import Command
+from .public import PublicModel, receive_public
+from .timeouts import Timeouts
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Whom to ask and how.
+
+    Attributes:
+        batch: images per inference.
+        threads: of this party.
+    """
+
+    server: Address
+    dealer: Address
+    backend: Backend
+    backend_name: str
+    batch: int = 1
+    threads: int = 1
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+class Client:
+    """A session with a server and a dealer: :meth:`setup`, then offline and online in turns.
+
+    Use as a context manager; leaving it in an orderly way closes the session, an exception
+    tells the peers why.
+
+    Attributes:
+        model: the public part of the server's model.
+        meter: what was sent and received.
+    """
+
+    def __init__(self, settings: ClientSettings) -> None:
+        """Connect to both and receive the public model.
+
+        Raises:
+            PeerError: somebody cannot be reached, or is silent.
+            RefusedError: the parties do not agree on version, backend or session.
+        """
+        self.meter = Meter()
+        self._settings = settings
+        self._stack = contextlib.ExitStack()
+        self._laid = self._used = 0
+        step = settings.timeouts.step
+        try:
+            channels = [
+                self._stack.enter_context(
+                    connect(*address, retry_for=step, timeout=step, peer=peer, meter=self.meter)
+                )
+                for peer, address in (("dealer", settings.dealer), ("server", settings.server))
+            ]
+            self._dealer, self._server = channels
+            mine = handshake.Hello(
+                "client", handshake.new_session(), settings.backend_name, settings.batch
+            )
+            # The dealer answers once it has both; so the server must be spoken to in between.
+            handshake.say(self._dealer, mine)
+            handshake.greet(self._server, mine, role="server")
+            handshake.hear(self._dealer, mine, role="dealer")
+            self.model: PublicModel = receive_public(self._server)
+            options = Options(batch=settings.batch, threads=settings.threads)
+            self._session = settings.backend.client(
+                self.model.graph, self._server, self._dealer, options
+            )
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def setup(self) -> None:
+        """Everything needed once per session."""
+        self._wait(self._settings.timeouts.prepare)
+        commands.send(self._server, Command("setup"))
+        self._session.setup()
+        commands.await_done(self._server)
+
+    def ping(self) -> None:
+        """One round trip to the server."""
+        commands.send(self._server, Command("ping"))
+        commands.await_done(self._server)
+
+    def offline(self, count: int) -> None:
+        """Lay one-time material for ``count`` inferences; returns when all sides have it."""
+        self._wait(self._settings.timeouts.prepare)
+        with self.meter.in_phase("offline", self._laid):
+            commands.send(self._server, Command("offline", count))
+            self._session.offline(count)
+            commands.await_done(self._server)
+        self._laid += count
+
+    def online(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """One inference, using one item of material.
+
+        Args:
+            images: normalised, of shape (batch, C, H, W).
+
+        Returns:
+            Logits of shape (batch, classes).
+        """
+        expected = (self._settings.batch, *self.model.graph.input.shape)
+        if images.shape != expected:
+            raise UsageError(f"images of shape {images.shape}; the session takes {expected}")
+        if self._used >= self._laid:
+            raise UsageError("no one-time material left; call offline first")
+        self._wait(self._settings.timeouts.step)
+        number, self._used = self._used, self._used + 1
+        with self.meter.in_phase("online", number):
+            commands.send(self._server, Command("online", number))
+            logits = self._session.online(images)
+        if logits.shape != (len(images), *self.model.graph.output.shape):
+            raise ProtocolError(f"the answer has shape {logits.shape}")
+        return logits
+
+    def check_images(self, images: npt.NDArray[Any]) -> None:
+        """Refuse images that the model does not take.
+
+        Raises:
+            UsageError: naming both shapes.
+        """
+        shape = self.model.graph.input.shape
+        if images.ndim != len(shape) + 1 or images.shape[1:] != shape or not len(images):
+            raise UsageError(
+                f"images of shape {images.shape}; the model takes (N, {_comma(shape)})"
+            )
+
+    def close(self) -> None:
+        """End the session in an orderly way."""
+        with contextlib.suppress(PiError):
+            commands.send(self._server, Command("close"))
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if value is None:
+            self.close()
+        else:
+            self._end(value)
+
+    def _end(self, error: BaseException) -> None:
+        reason = error if isinstance(error, PiError) else PiError("interrupted")
+        for name in ("_server", "_dealer"):
+            if hasattr(self, name):
+                getattr(self, name).abort(reason)
+        self._stack.close()
+
+    def _wait(self, seconds: float) -> None:
+        self._server.timeout = self._dealer.timeout = seconds
+
+
+def _comma(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))

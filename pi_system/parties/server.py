@@ -1,0 +1,154 @@
+"""The server: owns the model, serves one client's session after another, sees no image."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..backends.base import Backend, Options
+from ..errors import PiError, ProtocolError
+from ..graph.ir import Graph
+from ..net.channel import Channel, Listener, PeerClosed, connect
+from ..net.meter import Meter
+from . import commands, handshake
+from .address import Address
+from .public import send_public
+from .timeouts import Timeouts
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server serves.
+
+    Attributes:
+        model: with its weights.
+        sha256: the model's hash.
+        dealer: where the dealer listens.
+        threads: per party.
+        device: torch device of the linear layers.
+        log_frames: keep the log of frames for :class:`Meter`'s readers.
+    """
+
+    model: Graph
+    sha256: str
+    backend: Backend
+    backend_name: str
+    dealer: Address
+    threads: int = 1
+    device: str = "cpu"
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    log_frames: bool = False
+
+
+def serve_forever(
+    listener: Listener, settings: ServerSettings, report: Callable[[str], None]
+) -> None:
+    """Serve sessions one after another; a failed one is reported in one line."""
+    while True:
+        try:
+            serve_once(listener, settings)
+        except PiError as error:
+            report(f"session failed: {error}")
+        except Exception as error:  # one client's bad luck is not the next one's
+            report(f"session failed: unexpected {type(error).__name__}: {error}")
+        else:
+            report("session ended")
+
+
+def serve_once(listener: Listener, settings: ServerSettings) -> Meter:
+    """Wait for a client and serve its session; returns what was sent and received.
+
+    Raises:
+        PiError: the session failed; the client and dealer have been told why.
+    """
+    meter = Meter(log=settings.log_frames)
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(
+            listener.accept(peer="client", meter=meter, timeout=settings.timeouts.hello)
+        )
+        channels = [client]
+        try:
+            _session(client, channels, stack, settings, meter)
+        except PiError as error:
+            for channel in channels:
+                channel.abort(error)
+            raise
+        except Exception:
+            for channel in channels:
+                channel.abort(PiError("an internal error"))
+            raise
+    return meter
+
+
+def _session(
+    client: Channel,
+    channels: list[Channel],
+    stack: contextlib.ExitStack,
+    settings: ServerSettings,
+    meter: Meter,
+) -> None:
+    timeouts = settings.timeouts
+    hello = handshake.receive(client, roles=("client",), backend=settings.backend_name)
+    client.timeout = timeouts.step
+    mine = hello.answer("server", settings.backend_name)
+    dealer = stack.enter_context(
+        connect(
+            *settings.dealer,
+            # Less than the client's patience, so that the client hears the reason.
+            retry_for=0.6 * timeouts.step,
+            timeout=timeouts.step,
+            peer="dealer",
+            meter=meter,
+        )
+    )
+    channels.append(dealer)
+    handshake.greet(dealer, mine, role="dealer")
+    handshake.say(client, mine)
+    send_public(client, settings.model, settings.sha256)
+    options = Options(batch=hello.batch, threads=settings.threads, device=settings.device)
+    session = settings.backend.server(settings.model, client, dealer, options)
+
+    def wait(seconds: float) -> None:
+        client.timeout = dealer.timeout = seconds
+
+    ready = False
+    laid = used = 0
+    while True:
+        client.timeout = timeouts.idle
+        try:
+            verb, number = commands.receive(client)
+        except PeerClosed:
+            return
+        if (verb == "setup" and ready) or (verb in ("offline", "online") and not ready):
+            raise ProtocolError(f"the client asked for {verb} at the wrong time")
+        match verb:
+            case "close":
+                return
+            case "ping":
+                commands.acknowledge(client)
+            case "setup":
+                wait(timeouts.prepare)
+                session.setup()
+                commands.acknowledge(client)
+                ready = True
+            case "offline":
+                if not 1 <= number <= commands.MAX_OFFLINE:
+                    raise ProtocolError(f"the client asked for material of {number} inferences")
+                wait(timeouts.prepare)
+                meter.move_last("offline", laid)
+                with meter.in_phase("offline", laid):
+                    session.offline(number)
+                    commands.acknowledge(client)
+                laid += number
+            case "online":
+                if number != used or used >= laid:
+                    raise ProtocolError(
+                        f"the client asked for inference {number}; {used} are done, "
+                        f"there is material for {laid}"
+                    )
+                used += 1
+                wait(timeouts.step)
+                meter.move_last("online", number)
+                with meter.in_phase("online", number):
+                    session.online()

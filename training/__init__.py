@@ -1,0 +1,1 @@
+"""SENet training: data, teacher, sensitivity, budgets, mask search, distillation."""

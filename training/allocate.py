@@ -1,0 +1,115 @@
+"""Layer budgets from sensitivities by water-filling (SENet, section 3, stage 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pi_system.errors import UsageError
+from pi_system.nn import ReLUCount
+from pi_system.nn.budget import allocate as share
+
+from .loop import Run
+
+OUTPUT = "allocation.json"
+
+
+def fill(total: int, caps: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Share ``total`` out under the stage 1 rule, for weights of zero too.
+
+    Layers of weight 0 get something only when all others are full, and then in proportion to
+    their caps.
+
+    Raises:
+        UsageError: ``total`` is negative or over the sum of the caps, or a weight is negative.
+    """
+    if not 0 <= total <= sum(caps):
+        raise UsageError(f"cannot place {total} in layers that hold {sum(caps)}")
+    if any(not weight >= 0 for weight in weights) or len(weights) != len(caps):
+        raise UsageError("there must be one weight per layer, none of them negative")
+    result = [0] * len(caps)
+    positive = [i for i, weight in enumerate(weights) if weight > 0]
+    zero = [
+        i for i, (cap, weight) in enumerate(zip(caps, weights, strict=True)) if cap > weight == 0
+    ]
+    for group, shares in ((positive, weights), (zero, caps)):
+        part = min(total, sum(caps[i] for i in group))
+        total -= part
+        if group:
+            parts = share([caps[i] for i in group], [shares[i] for i in group], part)
+            for i, value in zip(group, parts, strict=True):
+                result[i] = value
+    return result
+
+
+def whole_channels(budgets: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Round position budgets to whole channels without exceeding their sum.
+
+    Each layer is rounded down; what is left over buys one more channel for the layers of the
+    largest remainders, as far as it reaches.
+
+    Args:
+        shapes: (C, H, W) or (C,) per layer.
+    """
+    areas = [_area(shape) for shape in shapes]
+    result = [budget // area * area for budget, area in zip(budgets, areas, strict=True)]
+    left = sum(budgets) - sum(result)
+    order = sorted(range(len(budgets)), key=lambda i: (-(budgets[i] - result[i]) / areas[i], i))
+    for i in order:
+        if budgets[i] > result[i] and areas[i] <= left:
+            result[i] += areas[i]
+            left -= areas[i]
+    return result
+
+
+def allocate(count: ReLUCount, sensitivity: Mapping[str, float], budget: int) -> dict[str, int]:
+    """The ReLUs each site may keep, by site name, summing to ``budget`` exactly.
+
+    Args:
+        count: the sites of the all-ReLU network.
+        sensitivity: ``eta_alpha`` per site, in [0, 1].
+
+    Raises:
+        UsageError: the budget is negative or over the network's total.
+    """
+    if not 0 <= budget <= count.total:
+        raise UsageError(f"the ReLU budget must be between 0 and {count.total}, got {budget}")
+    caps = [layer.total for layer in count.layers]
+    weights = [sensitivity[layer.name] for layer in count.layers]
+    shares = fill(budget, caps, weights)
+    return {layer.name: share for layer, share in zip(count.layers, shares, strict=True)}
+
+
+def run_stage(run: Run, count: ReLUCount, sensitivity: Mapping[str, float]) -> dict[str, int]:
+    """Allocate the recipe's budget and write ``allocation.json``."""
+    recipe = run.recipe
+    budgets = allocate(count, sensitivity, recipe.relu_budget)
+    if recipe.masks.granularity == "channel":
+        shapes = [layer.shape for layer in count.layers]
+        rounded = whole_channels(list(budgets.values()), shapes)
+        budgets = dict(zip(budgets, rounded, strict=True))
+    run.write_json(
+        OUTPUT,
+        {
+            "stage": "allocate",
+            "digest": recipe.digest("masks"),
+            "relu_budget": recipe.relu_budget,
+            "relu_total": count.total,
+            "layers": [
+                {
+                    "site": layer.name,
+                    "total": layer.total,
+                    "eta_alpha": sensitivity[layer.name],
+                    "relus": budgets[layer.name],
+                }
+                for layer in count.layers
+            ],
+        },
+    )
+    return budgets
+
+
+def _area(shape: tuple[int, ...]) -> int:
+    area = 1
+    for side in shape[1:]:
+        area *= side
+    return area

@@ -1,0 +1,103 @@
+"""The teacher: the all-ReLU network that budgets, masks and distillation refer to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pi_system import checkpoint
+from pi_system.checkpoint import Manifest
+from pi_system.nn import build, count_relus, linearize
+
+from .loop import Run, Stage, derive_seed
+from .recipe import Recipe
+
+FOLDER = "teacher"
+
+
+class TeacherStage(Stage):
+    """Cross-entropy from random weights.
+
+    The network trains with ordinary ReLUs, which run faster than full masks, and becomes a
+    masked one when it is saved.
+    """
+
+    name = "teacher"
+
+    def __init__(self, run: Run) -> None:
+        settings = run.recipe.teacher
+        super().__init__(run, fresh(run, self.name), settings.phases, settings.optimizer)
+        self._forward = run.compiled(self.model)
+        self._smoothing = settings.label_smoothing
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._forward(images)
+        return F.cross_entropy(logits, labels, label_smoothing=self._smoothing), logits
+
+
+def fresh(run: Run, stage: str) -> nn.Module:
+    """The recipe's network with weights drawn from (seed, ``stage``)."""
+    recipe = run.recipe
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, f"{stage}/init", 0))
+        return build(
+            recipe.arch,
+            classes=len(run.dataset.classes),
+            width=recipe.width,
+            in_channels=run.dataset.train.pixels.shape[1],
+        )
+
+
+def masked(run: Run, model: nn.Module) -> fx.GraphModule:
+    """``model`` as a masked network with full masks; parameters are shared."""
+    return linearize(model, torch.zeros(2, *run.dataset.train.pixels.shape[1:]))
+
+
+def train(run: Run) -> fx.GraphModule:
+    """Train the teacher, or go on with it, and save it in ``teacher/`` of the run directory.
+
+    Returns:
+        The masked network with full masks, in evaluation mode.
+    """
+    stage = TeacherStage(run)
+    stage.fit()
+    model = masked(run, stage.model).eval()
+    path = run.directory / FOLDER
+    if not (path / "manifest.json").exists():
+        total = count_relus(model).total
+        checkpoint.save(
+            path,
+            model,
+            manifest(
+                run,
+                budget=total,
+                method="teacher",
+                source="trained from random weights",
+                validation_accuracy=stage.rows[-1].validation_accuracy,
+            ),
+        )
+    return checkpoint.load(path)[0]
+
+
+def manifest(
+    run: Run, *, budget: int, method: str, source: str, validation_accuracy: float | None
+) -> Manifest:
+    """The manifest of a checkpoint of this run; ``checkpoint.save`` counts the ReLUs."""
+    recipe: Recipe = run.recipe
+    return Manifest(
+        arch=recipe.arch,
+        width=recipe.channels,
+        classes=run.dataset.classes,
+        input_shape=tuple(run.dataset.train.pixels.shape[1:]),
+        dataset=recipe.dataset,
+        mean=run.dataset.mean,
+        std=run.dataset.std,
+        relu_budget=budget,
+        relu_kept=0,
+        method=method,
+        recipe=recipe.name,
+        seed=recipe.seed,
+        source=source,
+        validation_accuracy=validation_accuracy,
+    )
