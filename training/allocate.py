@@ -61,12 +61,16 @@ def whole_channels(budgets: Sequence[int], shapes: Sequence[tuple[int, ...]]) ->
     return result
 
 
-def allocate(count: ReLUCount, sensitivity: Mapping[str, float], budget: int) -> dict[str, int]:
+def allocate(
+    count: ReLUCount, sensitivity: Mapping[str, float], budget: int, minimum: int = 0
+) -> dict[str, int]:
     """The ReLUs each site may keep, by site name, summing to ``budget`` exactly.
 
     Args:
         count: the sites of the all-ReLU network.
         sensitivity: ``eta_alpha`` per site, in [0, 1].
+        minimum: a site whose share is smaller keeps none, which saves its round trip in private
+            inference; the others share what it leaves, as long as they have room.
 
     Raises:
         UsageError: the budget is negative or over the network's total.
@@ -76,13 +80,19 @@ def allocate(count: ReLUCount, sensitivity: Mapping[str, float], budget: int) ->
     caps = [layer.total for layer in count.layers]
     weights = [sensitivity[layer.name] for layer in count.layers]
     shares = fill(budget, caps, weights)
-    return {layer.name: share for layer, share in zip(count.layers, shares, strict=True)}
+    while small := [i for i, value in enumerate(shares) if 0 < value < minimum]:
+        smallest = min(small, key=lambda i: (shares[i], i))
+        caps[smallest] = 0
+        if sum(caps) < budget:
+            break
+        shares = fill(budget, caps, weights)
+    return {layer.name: value for layer, value in zip(count.layers, shares, strict=True)}
 
 
 def run_stage(run: Run, count: ReLUCount, sensitivity: Mapping[str, float]) -> dict[str, int]:
     """Allocate the recipe's budget and write ``allocation.json``."""
     recipe = run.recipe
-    budgets = allocate(count, sensitivity, recipe.relu_budget)
+    budgets = allocate(count, sensitivity, recipe.relu_budget, recipe.masks.min_relus)
     if recipe.masks.granularity == "channel":
         shapes = [layer.shape for layer in count.layers]
         rounded = whole_channels(list(budgets.values()), shapes)

@@ -156,6 +156,9 @@ class Stage:
         """(loss, logits) of a batch in the recipe's memory format."""
         raise NotImplementedError
 
+    def before_first(self, train: Images) -> None:
+        """Called once, before the first epoch; not when a run goes on from a state."""
+
     def before_step(self) -> None:
         """Called between the gradient and the optimiser's step."""
 
@@ -186,6 +189,8 @@ class Stage:
             )
         self.run.reporter.begin(self.name, self.epochs, self.done)
         with _threads(self.run.recipe.threads):
+            if not self.done:
+                self.before_first(train)
             while self.done < self.epochs:
                 row = self._epoch(self.done, train, validation)
                 self.rows.append(row)

@@ -12,6 +12,7 @@ from pi_system.errors import UsageError
 from pi_system.nn import MaskedReLU, relu_sites, with_activations
 
 from . import teacher as teacher_module
+from .data import Images, normalise
 from .loop import Run, Stage, derive_seed
 from .recipe import Phase
 
@@ -64,6 +65,22 @@ def random_mask(
     return mask.view(shape)
 
 
+def linearization_losses(
+    teacher: fx.GraphModule, sites: tuple[str, ...], train: Images, run: Run, count: int
+) -> list[Tensor]:
+    """Per site, sum |relu(x) - x| over ``count`` images: what the ReLU there removes."""
+    view = with_activations(teacher.eval(), sites, before=True)
+    sums: list[Tensor] = []
+    size = run.recipe.batch
+    with torch.no_grad():
+        for start in range(0, min(count, len(train)), size):
+            pixels = train.pixels[start : min(start + size, count)]
+            entering = view(normalise(pixels, run.dataset.mean, run.dataset.std))[1]
+            parts = [(-x).clamp(min=0).sum(0) for x in entering]
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    return sums
+
+
 def hamming(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
     """The fraction of all positions in which two sets of masks differ."""
     different = sum(int((old[name] != new[name]).sum()) for name in old)
@@ -96,7 +113,12 @@ def student_of(run: Run, teacher: fx.GraphModule) -> fx.GraphModule:
 
 
 class _SearchStep(nn.Module):
-    """Loss, logits and per-site mismatch sums in one graph."""
+    """Loss, logits and per-site mismatch sums in one graph.
+
+    Args:
+        student: returns (logits, activations): what leaves the sites, or what enters them, which
+            is what would leave them without their ReLU.
+    """
 
     def __init__(self, student: nn.Module, ce: float, kl: float, temperature: float) -> None:
         super().__init__()
@@ -138,9 +160,13 @@ class MaskStage(Stage):
             shape = tuple(site.mask.shape)
             site.set_mask(random_mask(shape, budgets[name], self._granularity, generator))
         names = tuple(self.sites)
+        self._all_relu = teacher
         self._step = run.compiled(
             _SearchStep(
-                with_activations(student, names), settings.ce, settings.kl, settings.temperature
+                with_activations(student, names, before=settings.score == "linearized"),
+                settings.ce,
+                settings.kl,
+                settings.temperature,
             )
         )
         teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
@@ -158,13 +184,24 @@ class MaskStage(Stage):
             total += part
         return loss, logits
 
+    def before_first(self, train: Images) -> None:
+        settings = self.run.recipe.masks
+        if settings.start == "teacher":
+            losses = linearization_losses(
+                self._all_relu, tuple(self.sites), train, self.run, settings.start_images
+            )
+            self._choose(losses)
+
     def after_epoch(self, epoch: int) -> float | None:
         old = {name: site.mask.clone() for name, site in self.sites.items()}
-        choose = top_channels if self._granularity == "channel" else top
-        for (name, site), scores in zip(self.sites.items(), self._mismatch, strict=True):
-            site.set_mask(choose(scores, self.budgets[name]))
+        self._choose(self._mismatch)
         self._mismatch = []
         return hamming(old, {name: site.mask for name, site in self.sites.items()})
+
+    def _choose(self, scores: list[Tensor]) -> None:
+        choose = top_channels if self._granularity == "channel" else top
+        for (name, site), score in zip(self.sites.items(), scores, strict=True):
+            site.set_mask(choose(score, self.budgets[name]))
 
 
 def run_stage(run: Run, teacher: fx.GraphModule, budgets: Mapping[str, int]) -> fx.GraphModule:

@@ -128,11 +128,25 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Masks:
-    """Mask search by activation mismatch; ``loss = ce * CE + kl * KL``."""
+    """Mask search by activation mismatch; ``loss = ce * CE + kl * KL``.
+
+    A site whose share of the budget is under ``min_relus`` keeps none (see ``allocate``).
+
+    ``start`` of the search: ``random`` masks (the paper), or ``teacher``: the positions that lose
+    most when the teacher itself is linearized there, over ``start_images`` training images.
+
+    ``score`` of a position: ``mismatch``, |a_AR - a_PR| (the paper), or ``linearized``, the same
+    with a_PR taken as if the position had lost its ReLU. Under ``mismatch`` a kept position
+    mismatches less *because* it is kept, so that successive masks exchange the same positions.
+    """
 
     epochs: int
     optimizer: Optimizer
     granularity: str = "pixel"
+    start: str = "random"
+    start_images: int = 5120
+    score: str = "mismatch"
+    min_relus: int = 0
     ce: float = 0.5
     kl: float = 0.5
     temperature: float = 4.0
@@ -140,7 +154,13 @@ class Masks:
     def __post_init__(self) -> None:
         if self.granularity not in ("pixel", "channel"):
             raise UsageError(f"granularity is pixel or channel, got {self.granularity!r}")
-        _positive(epochs=self.epochs, temperature=self.temperature)
+        if self.start not in ("random", "teacher"):
+            raise UsageError(f"start is random or teacher, got {self.start!r}")
+        if self.score not in ("mismatch", "linearized"):
+            raise UsageError(f"score is mismatch or linearized, got {self.score!r}")
+        if self.min_relus < 0:
+            raise UsageError(f"min_relus must not be negative, got {self.min_relus}")
+        _positive(epochs=self.epochs, temperature=self.temperature, start_images=self.start_images)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class SparseWeights:
         """Prune the smallest ``rate`` of each layer's weights and regrow as many by momentum.
 
         A layer's share of the regrown weights follows the mean momentum magnitude of the weights
-        it kept; inside a layer the missing weights of largest momentum come back, at zero.
+        it kept; inside a layer the missing weights of largest momentum come back, at zero unless
+        they were pruned just now.
         """
         pruned, missing, shares = 0, [], []
         for name, weight in self.weights.items():

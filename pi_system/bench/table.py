@@ -85,7 +85,9 @@ def _times(latency: Latency) -> tuple[str, str]:
 def _print_layers(console: Console, result: Result) -> None:
     table = Table(title="Online, by layer")
     for column in ("layer", "kind", "ReLUs kept", "client to server", "server to client"):
-        table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+        table.add_column(
+            column, justify="left" if column in ("layer", "kind") else "right", overflow="fold"
+        )
     table.add_column("server ms", justify="right")
     table.add_column("client ms", justify="right")
     for layer in result.online.layers:

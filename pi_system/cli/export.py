@@ -211,3 +211,7 @@ def _parity_table(console: Console, parity: Parity) -> None:
         table.add_row(node.name, node.op, f"{node.max_abs_value:.3f}", f"{node.max_abs_error:.2e}")
     console.print(table)
     console.print(f"argmax agrees on {100 * parity.argmax_agreement:.1f} % of the images")
+
+
+if __name__ == "__main__":
+    main()

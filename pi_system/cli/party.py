@@ -48,18 +48,18 @@ def _party_options(function: F) -> F:
             help="End when standard input closes (used by launchers).",
         ),
         click.option(
-            "--timeout",
-            type=click.FloatRange(min=0.1),
-            default=8.0,
-            show_default=True,
-            help="Seconds a peer may be silent in the handshake and the online phase.",
-        ),
-        click.option(
             "--prepare-timeout",
             type=click.FloatRange(min=0.1),
             default=120.0,
             show_default=True,
             help="The same for setup and offline, where a peer may compute for long.",
+        ),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0.1),
+            default=8.0,
+            show_default=True,
+            help="Seconds a peer may be silent in the handshake and the online phase.",
         ),
         click.option(
             "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Threads."

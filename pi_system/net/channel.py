@@ -56,8 +56,7 @@ _WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteEr
 class Channel:
     """One connection to a peer. Not for use by several threads at once.
 
-    After an exception of :mod:`pi_system.errors` the connection is closed: half a frame may have
-    passed.
+    After a failed send or receive only :meth:`abort` and :meth:`close` are of use.
 
     Attributes:
         peer: what the peer is called in messages and in the log ("server", "client", "dealer").
@@ -77,7 +76,7 @@ class Channel:
         self.meter = Meter() if meter is None else meter
         self.timeout = timeout
         self._socket = sock
-        self._closed = False
+        self._closed = self._failed = False
         self._buffer = bytearray(BUFFER)
         self._start = self._end = 0
         if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -150,7 +149,7 @@ class Channel:
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise self._broken(ProtocolError(f"the {self.peer} sent no valid JSON")) from error
+            raise ProtocolError(f"the {self.peer} sent no valid JSON") from error
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -210,7 +209,7 @@ class Channel:
 
     def _run(self, outgoing: list[memoryview], incoming: Incoming | None = None) -> None:
         """Send all of ``outgoing`` and fill ``incoming``, waiting as long as allowed."""
-        if self._closed:
+        if self._closed or self._failed:
             raise PeerError(f"the connection to the {self.peer} is closed")
         deadline = Deadline(self.timeout)
         deadline.expect(sum(map(len, outgoing)))
@@ -226,9 +225,12 @@ class Channel:
                     reading = incoming is not None and not incoming.complete
                     self._wait(reading, bool(pending), deadline)
         except (PeerError, RefusedError):
-            self.close()
+            self._failed = True
+            if pending:
+                self.close()
             raise
         except OSError as error:
+            self._failed = True
             self._last_words()
             self.close()
             reason = error.strerror or str(error)
@@ -305,10 +307,6 @@ class Channel:
                 return
             if not incoming.complete:
                 return
-
-    def _broken(self, error: PeerError) -> PeerError:
-        self.close()
-        return error
 
 
 class Listener:

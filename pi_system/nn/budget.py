@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from ..errors import UsageError
 
@@ -26,16 +27,17 @@ def allocate(sizes: Sequence[int], sensitivity: Sequence[float], budget: int) ->
     if len(sizes) != len(sensitivity) or not all(0 < s < math.inf for s in sensitivity):
         raise UsageError("every layer needs a sensitivity above 0")
     # Layers fill up in the order of n_l / eta_l; the rest share what remains.
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i] / sensitivity[i])
-    left, weight, level = float(budget), math.fsum(sensitivity), 0.0
+    eta = [Fraction(s) for s in sensitivity]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i] / eta[i])
+    left, weight, level = Fraction(budget), sum(eta, Fraction()), Fraction()
     for i in order:
         level = left / weight
-        if sizes[i] > level * sensitivity[i]:
+        if sizes[i] > level * eta[i]:
             break
         left -= sizes[i]
-        weight -= sensitivity[i]
-    exact = [min(float(n), level * s) for n, s in zip(sizes, sensitivity, strict=True)]
-    counts = [min(n, math.floor(e)) for n, e in zip(sizes, exact, strict=True)]
+        weight -= eta[i]
+    exact = [min(Fraction(n), level * s) for n, s in zip(sizes, eta, strict=True)]
+    counts = [math.floor(e) for e in exact]
     # Largest remainders first, the later layer on a tie: it is the more sensitive one.
     spare = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], -i))
     missing = budget - sum(counts)

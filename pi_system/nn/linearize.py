@@ -302,16 +302,22 @@ def _redirect_aliases(
             user.replace_input_with(alias, new)
 
 
-def with_activations(model: fx.GraphModule, sites: tuple[str, ...]) -> fx.GraphModule:
+def with_activations(
+    model: fx.GraphModule, sites: tuple[str, ...], *, before: bool = False
+) -> fx.GraphModule:
     """A view of a masked network that returns (logits, [activations after ``sites``]).
 
     It shares all modules with ``model``.
+
+    Args:
+        before: return what enters the sites instead of what leaves them.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(model.graph, env)
     copies = {node.target: env[node] for node in model.graph.nodes if node.op == "call_module"}
-    graph.output((output, [copies[name] for name in sites]))
+    found = [copies[name] for name in sites]
+    graph.output((output, [node.args[0] for node in found] if before else found))
     return fx.GraphModule(model, graph)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -129,18 +129,6 @@ class Client:
         if logits.shape != (len(images), *self.model.graph.output.shape):
             raise ProtocolError(f"the answer has shape {logits.shape}")
         return logits
-
-    def check_images(self, images: npt.NDArray[Any]) -> None:
-        """Refuse images that the model does not take.
-
-        Raises:
-            UsageError: naming both shapes.
-        """
-        shape = self.model.graph.input.shape
-        if images.ndim != len(shape) + 1 or images.shape[1:] != shape or not len(images):
-            raise UsageError(
-                f"images of shape {images.shape}; the model takes (N, {_comma(shape)})"
-            )
 
     def close(self) -> None:
         """End the session in an orderly way."""

@@ -8,6 +8,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import models
 from ..errors import IntegrityError, UsageError
 
 
@@ -50,19 +51,29 @@ def normalise(
         shape: (C, H, W), what the model takes.
 
     Raises:
-        UsageError: the model states no mean and standard deviation.
+        UsageError: the shape is not the model's, or it states no mean and standard deviation.
     """
     if images.dtype == np.float32:
-        return np.ascontiguousarray(images, np.float32)
+        check_shape(images, shape)
+        return np.ascontiguousarray(images)
     if images.ndim == 4 and images.shape[1:] != shape and images.shape[3] == shape[0]:
         images = images.transpose(0, 3, 1, 2)
-    mean, std = metadata.get("mean"), metadata.get("std")
-    if not _per_channel(mean, shape) or not _per_channel(std, shape) or 0 in (std or ()):
-        raise UsageError("the model states no normalisation; give normalised float32 images")
-    if images.ndim != 4 or images.shape[1] != shape[0]:
-        return images.astype(np.float32)  # the wrong shape is refused with both named
-    means, stds = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (mean, std))
-    return np.ascontiguousarray((images.astype(np.float32) / 255 - means) / stds)
+    check_shape(images, shape)
+    return np.ascontiguousarray(models.normalise(images, metadata))
+
+
+def check_shape(images: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Refuse images that a model does not take.
+
+    Args:
+        shape: of one image.
+
+    Raises:
+        UsageError: naming both shapes.
+    """
+    if images.ndim != len(shape) + 1 or images.shape[1:] != shape or not len(images):
+        takes = ", ".join(map(str, ("N", *shape)))
+        raise UsageError(f"images of shape {images.shape}; the model takes ({takes})")
 
 
 class _Stream:
@@ -72,11 +83,3 @@ class _Stream:
     def __init__(self, file: IO[bytes]) -> None:
         self.read = file.read
         self.write = file.write
-
-
-def _per_channel(values: Any, shape: tuple[int, ...]) -> bool:
-    return (
-        isinstance(values, list | tuple)
-        and len(values) == shape[0]
-        and all(isinstance(value, int | float) for value in values)
-    )

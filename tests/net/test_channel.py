@@ -199,6 +199,19 @@ def test_garbage_ends_in_a_frame_or_a_clear_error(data: bytes) -> None:
                 channel.recv(limit=64)
 
 
+def test_after_a_failed_receive_the_reason_can_still_be_told(
+    pair: tuple[Channel, Channel],
+) -> None:
+    pair[1].send(b"too long")
+    with pytest.raises(ProtocolError) as caught:
+        pair[0].recv(limit=4)
+    with pytest.raises(PeerError, match="is closed"):
+        pair[0].send(b"x")
+    pair[0].abort(caught.value)
+    with pytest.raises(PeerError, match="the server gave up: the client sent a message of 8"):
+        pair[1].recv()
+
+
 def test_connect_waits_for_a_late_listener_and_gives_up_on_none() -> None:
     with Listener("127.0.0.1", 0) as listener:
         port = listener.port

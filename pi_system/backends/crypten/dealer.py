@@ -3,6 +3,9 @@
 It learns the shapes of an inference and nothing else: no weight, image or anything masked ever
 reaches it. It imports torch but not CrypTen.
 
+Its links must be private: a party that reads what the dealer sends to the other, or a third that
+reads both, can unmask what the parties exchange. A dealer in league with either party can too.
+
 Messages, each a frame::
 
     setup     dealer -> both     a fresh 32-byte seed, one for each

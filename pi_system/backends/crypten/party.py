@@ -8,7 +8,8 @@ the other party by itself, for it is never sent. What is sent is always masked f
 one-time tuple, whose masks come from seeds that one party and the dealer have in common.
 
 Online: the client shares the image in the same way; the layers run; the server sends its share of
-the logits to the client, which alone learns them. The dealer is silent.
+the logits to the client, which alone learns them: to 16 fractional bits, and about one bit more of
+what lies below, through the carry of the last truncation. The dealer is silent.
 
 CrypTen's state belongs to the thread that calls (:func:`.compat.activate`): one thread must not
 run two sessions at once, several threads of a process may run one each.
