@@ -196,7 +196,7 @@ def cli() -> None:
     \b
     Bundled recipes:
       quick                  ResNet-10 of width 8 on CIFAR-10, minutes on a CPU
-      cifar100-resnet18-w16  the bundled demo, about 80 minutes on two CPU cores
+      cifar100-resnet18-w16  the bundled demo, about an hour on two CPU cores
       cifar10-resnet18, cifar100-resnet18, cifar100-wrn22-8, cifar10-vgg16
                              the paper's schedules; use a GPU-class machine or patience
     """

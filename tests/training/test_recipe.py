@@ -1,0 +1,84 @@
+"""Recipes: all bundled ones parse, bad ones say why, digests follow what a stage depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pi_system.errors import UsageError
+from training import recipe
+from training.recipe import Schedule
+
+
+@pytest.mark.parametrize("name", recipe.bundled())
+def test_bundled_recipes_parse(name: str) -> None:
+    loaded = recipe.load(name)
+    assert loaded.name == name
+    assert len({loaded.digest(stage) for stage in recipe.STAGES}) == len(recipe.STAGES)
+
+
+def test_the_bundled_set_is_complete() -> None:
+    assert {"quick", "cifar100-resnet18-w16", "cifar100-resnet18", "cifar10-resnet18"} <= set(
+        recipe.bundled()
+    )
+
+
+def test_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="quick"):
+        recipe.load("nothing")
+    with pytest.raises(UsageError, match="cannot read"):
+        recipe.load("nothing.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("relu_budget = 3000", "relu_budget = -1", "relu_budget"),
+        ("width = 8", "widht = 8", "widht"),
+        ('arch = "resnet10"', 'arch = "resnet11"', "resnet11"),
+        ("batch = 20", "batch = 0", "batch"),
+        ("validation = 20", "validation = -1", "validation"),
+        ("density = 0.1", "density = 1.5", "density"),
+        ('kind = "cosine"', 'kind = "sine"', "sine"),
+        ("peak = 0.02", "peak = 0.0", "learning rate"),
+        ("[masks]\nepochs = 2", "[masks]\nepochs = 0", "epochs"),
+        ("[masks]\n", '[masks]\ngranularity = "row"\n', "granularity"),
+        ("seed = 3", 'seed = "3"', "seed"),
+    ],
+)
+def test_bad_values_are_named(
+    recipe_path: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    text = recipe_path.read_text()
+    assert old in text
+    path = tmp_path / "bad.toml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UsageError, match=message):
+        recipe.load(str(path))
+
+
+def test_a_digest_covers_its_stage_and_those_before_it(recipe_path: Path) -> None:
+    base = recipe.load(str(recipe_path))
+    masks = dataclasses.replace(base, masks=dataclasses.replace(base.masks, ce=0.4))
+    assert masks.digest("teacher") == base.digest("teacher")
+    assert masks.digest("sensitivity") == base.digest("sensitivity")
+    assert masks.digest("masks") != base.digest("masks")
+    assert masks.digest("finetune") != base.digest("finetune")
+    budget = dataclasses.replace(base, relu_budget=2999)
+    assert budget.digest("sensitivity") == base.digest("sensitivity")
+    assert budget.digest("masks") != base.digest("masks")
+    assert dataclasses.replace(base, seed=4).digest("teacher") != base.digest("teacher")
+
+
+def test_schedules() -> None:
+    cycle = Schedule("one-cycle", 1.0, warmup=0.5, start=0.2, final=0.0)
+    assert [cycle.at(x) for x in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx(
+        [0.2, 0.6, 1, 0.5, 0]
+    )
+    assert [Schedule("constant", 0.3).at(x) for x in (0.0, 0.9)] == [0.3, 0.3]
+    cosine = Schedule("cosine", 2.0, final=0.5)
+    assert [cosine.at(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([2.0, 1.5, 1.0])
+    steps = Schedule("steps", 1.0, milestones=(0.5, 0.75), decay=0.1)
+    assert [steps.at(x) for x in (0.0, 0.5, 0.8)] == pytest.approx([1.0, 0.1, 0.01])
