@@ -1,6 +1,6 @@
 """Print the tables of ``benchmarks/README.md`` from result files, as Markdown.
 
-    python benchmarks/tables.py benchmarks/results/run-*.json
+python benchmarks/tables.py benchmarks/results/run-*.json
 """
 
 from __future__ import annotations

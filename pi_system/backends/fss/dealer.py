@@ -1,0 +1,81 @@
+"""The dealer: makes one-time material from blinded weights W' = W - b and the client's seeds.
+
+It never sees a weight (W' is uniform without b), an image or anything of the online phase.
+"""
+
+from __future__ import annotations
+
+from ...errors import ProtocolError
+from ...net.channel import Channel
+from ...net.framing import PeerClosed
+from ..base import Options
+from . import masks, packing, prg, relu
+from .linear import RingConv
+from .masks import Bundle, GateMasks, LinearMasks
+from .prg import Stream
+from .public import Public, agree, receive_graph
+
+MAX_COUNT = 1 << 20
+
+
+class Dealer:
+    """A dealer's session; see :class:`pi_system.backends.base.DealerSession`."""
+
+    def __init__(self, server: Channel, client: Channel, options: Options) -> None:
+        self._server = server
+        self._client = client
+        self._options = options
+
+    def run(self) -> None:
+        try:
+            public = receive_graph(self._server, self._options.batch)
+            blinded = self._receive_weights(public)
+            while True:
+                self._serve(public, blinded)
+        except PeerClosed:
+            return
+
+    def _receive_weights(self, public: Public) -> dict[str, RingConv]:
+        blinded = {}
+        for op in public.lowered.convs:
+            n = public.plan.convs[op.out].n
+            count = 1
+            for side in op.weight_shape:
+                count *= side
+            words = packing.unpack(self._server.recv(packing.size(count, n)), count, n)
+            weight = words.reshape(op.weight_shape)
+            source = public.lowered.shapes[op.source]
+            blinded[op.out] = RingConv(op, source, weight, n)
+        return blinded
+
+    def _serve(self, public: Public, blinded: dict[str, RingConv]) -> None:
+        """One offline phase."""
+        request = self._client.recv_json()
+        if not isinstance(request, dict) or not isinstance(request.get("count"), int):
+            raise ProtocolError("the client sent no request for material")
+        agree(request.get("digest"), public, "client")
+        with self._server.meter.in_phase("offline"):
+            for _ in range(min(request["count"], MAX_COUNT)):
+                head = self._client.recv(8 + prg.SEED_BYTES)
+                if len(head) != 8 + prg.SEED_BYTES:
+                    raise ProtocolError("the client sent no seed")
+                inference = int.from_bytes(head[:8], "little")
+                self._deal(public, blinded, Bundle(head[8:], public.model, inference))
+
+    def _deal(self, public: Public, blinded: dict[str, RingConv], bundle: Bundle) -> None:
+        own = prg.fresh_seed()
+        for item in masks.walk(public.lowered, public.plan, bundle, public.batch):
+            if isinstance(item, LinearMasks):
+                n = public.plan.convs[item.op.out].n
+                g = blinded[item.op.out](item.source, item.t - item.u)
+                self._server.send(packing.pack(g, n))
+            elif isinstance(item, GateMasks):
+                width = public.plan.gates[item.op.out]
+                corrections, message = relu.deal(
+                    width,
+                    item.c,
+                    bundle.stream(item.op.out, "gate"),
+                    Stream(own, bundle.inference, item.op.out, "dealer"),
+                )
+                self._server.send(message)
+                self._client.send_array(corrections)

@@ -1,0 +1,243 @@
+"""The C kernels of ``native/``, where they were built; else NumPy and a library's AES do the work.
+
+The extension module ``_native`` is opened by ctypes, never imported: it holds no Python code.
+Which instructions it uses is found out at run time. ``PI_SYSTEM_KERNELS`` may take some away:
+``numpy`` (no C at all), ``portable`` (plain C) or ``avx2`` (without the AES of 256 bits).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from ...errors import UsageError
+
+if TYPE_CHECKING:
+    from .program import Index
+    from .relu import Share
+    from .ring import Words
+
+VARIABLE: Final = "PI_SYSTEM_KERNELS"
+AVX2, AES, VAES = 1, 2, 4
+_LEVELS: Final = {"portable": 0, "avx2": AVX2 | AES, "auto": 0xFF}
+_INSTRUCTIONS: Final = {"portable": "portable", "avx2": "avx2", "auto": None}
+
+_POINTER = ctypes.c_void_p
+_SIZE = ctypes.c_size_t
+_INT = ctypes.c_int
+_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "fss_select": (ctypes.c_uint, [ctypes.c_uint]),
+    "fss_pack": (None, [_POINTER, _SIZE, _INT, _POINTER]),
+    "fss_unpack": (None, [_POINTER, _SIZE, _SIZE, _INT, _POINTER]),
+    "fss_relu_combine": (None, [_POINTER] * 3 + [_SIZE, _INT, _INT, _INT, _POINTER]),
+    "fss_finish": (_INT, [_POINTER, _SIZE, _INT, _INT, ctypes.c_uint64]),
+}
+_AES_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "fss_dpf_evaluate": (None, [_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _INT] + [_POINTER] * 3),
+    "fss_dpf_generate": (None, [_POINTER, _SIZE, _INT] + [_POINTER] * 5),
+    "fss_gate_answer": (None, [_POINTER] * 4),
+    "fss_gate_open": (None, [_POINTER] * 7),
+    "fss_gate_close": (None, [_POINTER] * 6),
+}
+
+_lock = threading.Lock()
+_loaded: list[Native | None] = []
+_forced: list[Native | None] = []
+
+
+def native() -> Native | None:
+    """The C kernels in use, or ``None``."""
+    if _forced:
+        return _forced[-1]
+    if not _loaded:
+        with _lock:
+            if not _loaded:
+                _loaded.append(_load(os.environ.get(VARIABLE, "auto")))
+    return _loaded[0]
+
+
+def describe() -> str:
+    """What is in use, for ``pi-bench env``."""
+    found = native()
+    if found is None:
+        return "numpy"
+    names = [name for name, bit in (("avx2", AVX2), ("aes", AES), ("vaes", VAES))
+             if found.features & bit]  # fmt: skip
+    return "native: " + ("+".join(names) or "portable")
+
+
+@contextmanager
+def using(level: str) -> Iterator[Native | None]:
+    """Use ``numpy``, ``portable``, ``avx2`` or ``auto`` in this process for a while (tests)."""
+    _forced.append(_load(level))
+    try:
+        yield _forced[-1]
+    finally:
+        _forced.pop()
+        if (current := native()) is not None:
+            current.select()
+
+
+def _load(level: str) -> Native | None:
+    if level == "numpy":
+        return None
+    if level not in _LEVELS:
+        raise UsageError(f"{VARIABLE} is numpy, {', '.join(_LEVELS)}; not {level!r}")
+    spec = importlib.util.find_spec(f"{__package__}._native")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        return Native(ctypes.CDLL(spec.origin), level)
+    except (OSError, AttributeError):
+        return None
+
+
+def _at(array: Any) -> int:
+    assert array.flags.c_contiguous
+    return int(array.__array_interface__["data"][0])
+
+
+class _Material(ctypes.Structure):
+    """``share`` of gate.c."""
+
+    _fields_ = (
+        ("root", _POINTER), ("corrections", _POINTER), ("sign", _POINTER), ("values", _POINTER),
+        ("tree_key", ctypes.c_char_p), ("leaf_key", ctypes.c_char_p),
+        ("count", ctypes.c_uint64), ("k", ctypes.c_int32), ("n", ctypes.c_int32),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, share: Share) -> _Material:
+        """Pointers into ``share``, which must outlive them."""
+        from .dpf import LEAF_KEY, TREE_KEY
+
+        width, count = share.width, share.count
+        assert share.root.shape == (count, 2) and share.values.shape == (5, count)
+        assert share.corrections.shape == (width.blocks, count, 2)
+        return cls(
+            _at(share.root), _at(share.corrections), _at(share.sign), _at(share.values),
+            TREE_KEY, LEAF_KEY, count, width.k, width.n,
+        )  # fmt: skip
+
+
+class Native:
+    """The C functions on arrays. Sizes are checked here; C trusts them."""
+
+    def __init__(self, library: ctypes.CDLL, level: str) -> None:
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        self.library = library
+        self._mask = _LEVELS[level]
+        self.instructions = _INSTRUCTIONS[level]
+        self.features = self.select()
+        self.has_aes = bool(self.features & AES)
+        if self.has_aes:
+            for name, (result, arguments) in _AES_SIGNATURES.items():
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
+
+    def select(self) -> int:
+        """Make these kernels the ones in force in the library."""
+        return int(self.library.fss_select(self._mask))
+
+    def pack(self, values: Words, width: int) -> bytes:
+        out = np.empty((len(values) * width + 7) // 8, np.uint8)
+        self.library.fss_pack(_at(values), len(values), width, _at(out))
+        return out.tobytes()
+
+    def unpack(self, data: bytes | memoryview, count: int, width: int) -> Words:
+        raw = np.frombuffer(data, np.uint8)
+        assert len(raw) == (count * width + 7) // 8
+        out = np.empty(count, np.uint64)
+        self.library.fss_unpack(_at(raw), len(raw), count, width, _at(out))
+        return out
+
+    def relu_combine(
+        self, opened: Words, signs: Words, values: Words, k: int, lift: bool, server: bool
+    ) -> Words:
+        count = len(opened)
+        assert signs.shape == (count,) and values.shape == (5, count)
+        out = np.empty(count, np.uint64)
+        self.library.fss_relu_combine(
+            _at(opened), _at(signs), _at(values), count, k, lift, server, _at(out)
+        )
+        return out
+
+    def finish(self, v: Words, n: int, f: int, bound: int) -> bool:
+        """Truncate ``v`` in place; the zone check's finding."""
+        assert v.dtype == np.uint64
+        return bool(self.library.fss_finish(_at(v), v.size, n, f, bound))
+
+    def dpf_evaluate(
+        self, root: Words, corrections: Words, x: Words, bits: int, tree: bytes, leaf: bytes
+    ) -> Words:
+        count = len(x)
+        assert root.shape == (count, 2)
+        assert corrections.shape == (max(bits - 7, 0) + 1, count, 2) and bits < 64
+        out = np.empty(count, np.uint64)
+        self.library.fss_dpf_evaluate(
+            _at(root), _at(corrections), count, _at(x), count, bits, tree, leaf, _at(out)
+        )
+        return out
+
+    def gate_answer(self, share: Share, message: memoryview, mask: Words) -> bytes:
+        width, count = share.width, share.count
+        assert len(message) == width.opening_bytes(count) and mask.shape == (count,)
+        raw = np.frombuffer(message, np.uint8)
+        reply = np.empty(width.closing_bytes(count), np.uint8)
+        material = _Material.of(share)
+        self.library.fss_gate_answer(ctypes.byref(material), _at(raw), _at(mask), _at(reply))
+        return reply.tobytes()
+
+    def gate_open(
+        self, share: Share, source: Words, index: Index | None, delta: Words
+    ) -> tuple[Words, Words, bytes]:
+        width, count = share.width, share.count
+        assert delta.shape == (count,) and (source if index is None else index).size == count
+        message = np.empty(width.opening_bytes(count), np.uint8)
+        opened, signs = np.empty((2, count), np.uint64)
+        material = _Material.of(share)
+        self.library.fss_gate_open(
+            ctypes.byref(material), _at(source), None if index is None else _at(index),
+            _at(delta), _at(opened), _at(signs), _at(message),
+        )  # fmt: skip
+        return opened, signs, message.tobytes()
+
+    def gate_close(
+        self,
+        share: Share,
+        opened: Words,
+        signs: Words,
+        reply: memoryview,
+        index: Index | None,
+        target: Words,
+    ) -> None:
+        count = share.count
+        assert opened.shape == signs.shape == (count,)
+        assert (target if index is None else index).size == count
+        assert len(reply) == share.width.closing_bytes(count)
+        raw = np.frombuffer(reply, np.uint8)
+        material = _Material.of(share)
+        self.library.fss_gate_close(
+            ctypes.byref(material), _at(opened), _at(signs), _at(raw),
+            None if index is None else _at(index), _at(target),
+        )  # fmt: skip
+
+    def dpf_generate(
+        self, alpha: Words, bits: int, root: Words, delta: Words, tree: bytes, leaf: bytes
+    ) -> Words:
+        count = len(alpha)
+        assert root.shape == delta.shape == (count, 2) and bits < 64
+        out = np.empty((max(bits - 7, 0) + 1, count, 2), np.uint64)
+        self.library.fss_dpf_generate(
+            _at(alpha), count, bits, _at(root), _at(delta), tree, leaf, _at(out)
+        )
+        return out

@@ -1,0 +1,155 @@
+"""The comparison key against its definition, and the ReLU gate on whole rings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pi_system.backends.fss import dpf, relu
+from pi_system.backends.fss.packing import Reader
+from pi_system.backends.fss.prg import Stream, fresh_seed
+from pi_system.backends.fss.relu import Width
+from pi_system.backends.fss.ring import Words, reduce, signed
+from pi_system.errors import ProtocolError
+
+
+def random_words(*shape: int) -> Words:
+    return Stream(fresh_seed(), "test").words(int(np.prod(shape))).reshape(shape)
+
+
+def compare(alpha: Words, x: Words, bits: int) -> Words:
+    root, delta = random_words(len(x), 2), random_words(len(x), 2)
+    corrections, other = dpf.generate(alpha, bits, root, delta)
+    assert corrections.shape == (dpf.levels(bits) + 1, len(x), 2)
+    first = dpf.evaluate(root, corrections, x, bits)
+    second = dpf.evaluate(other, corrections, x, bits)
+    assert set(np.unique(first)) <= {0, 1}
+    return first ^ second
+
+
+@pytest.mark.parametrize("bits", range(1, 62))
+def test_comparison_at_every_width(bits: int) -> None:
+    top = (1 << bits) - 1
+    rng = np.random.default_rng(bits)
+    alphas = [0, 1, top, top >> 1, *(int(a) for a in rng.integers(0, top + 1, 4, np.uint64))]
+    pairs = [
+        (alpha, x)
+        for alpha in map(lambda a: a & top, alphas)
+        for x in (
+            alpha,
+            alpha - 1,
+            alpha + 1,
+            0,
+            top,
+            int(rng.integers(0, top + 1, None, np.uint64)),
+        )
+        if 0 <= x <= top
+    ]
+    alpha, x = (np.array(column, np.uint64) for column in zip(*pairs, strict=True))
+    assert (compare(alpha, x, bits) == (alpha <= x)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 3, 6, 7, 8, 9])
+def test_comparison_everywhere(bits: int) -> None:
+    side = np.arange(1 << bits, dtype=np.uint64)
+    if bits == 9:
+        side = side[::3]
+    alpha, x = (a.reshape(-1) for a in np.meshgrid(side, side))
+    assert (compare(alpha, x, bits) == (alpha <= x)).all()
+
+
+def test_one_key_alone_looks_random() -> None:
+    """Evaluated alone, a key is a fair coin at every x, whatever alpha is."""
+    count = 4000
+    for alpha in (0, 255):
+        root, delta = random_words(count, 2), random_words(count, 2)
+        corrections, other = dpf.generate(np.full(count, alpha, np.uint64), 9, root, delta)
+        for key in (root, other):
+            for x in (0, 255, 256, 511):
+                share = dpf.evaluate(key, corrections, np.full(count, x, np.uint64), 9)
+                assert abs(share.mean() - 0.5) < 0.05  # 6 sigma
+
+
+def run_gate(width: Width, s: Words, c: Words, fresh: Words) -> tuple[Words, int, int]:
+    """Both parties' parts with real messages; the result and the bytes both ways."""
+    shared, count = fresh_seed(), len(s)
+    corrections, message = relu.deal(
+        width, c, Stream(shared, "gate"), Stream(fresh_seed(), "dealer")
+    )
+    delta, at_server = relu.read_server_share(width, count, message)
+    at_client = relu.client_share(
+        width, count, Stream(shared, "gate"),
+        relu.read_corrections(width, count, corrections.tobytes()),
+    )  # fmt: skip
+    opened, signs, down = relu.opening(at_server, delta, s, None)
+    up = relu.answer(at_client, fresh, Reader(down))
+    z = np.empty_like(s)
+    relu.closing(at_server, opened, signs, Reader(up), z, None)
+    return reduce(z + fresh, width.n), len(down), len(up)
+
+
+@pytest.mark.parametrize(
+    "k,n", [(2, 2), (2, 3), (3, 2), (4, 9), (7, 16), (9, 8), (9, 64), (11, 22)]
+)
+def test_gate_on_the_whole_ring(k: int, n: int) -> None:
+    x = np.arange(-(1 << k - 1), 1 << k - 1).repeat(8)
+    c, fresh = random_words(len(x)), random_words(len(x))
+    width = Width(k, n)
+    result, down, up = run_gate(width, x.view(np.uint64) - c, c, fresh)
+    assert (result == reduce(np.maximum(x, 0).view(np.uint64), n)).all()
+    assert (down, up) == (width.opening_bytes(len(x)), width.closing_bytes(len(x)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 62), st.integers(2, 64), st.data())
+def test_gate_at_every_width(k: int, n: int, data: st.DataObject) -> None:
+    half = 1 << k - 1
+    values = data.draw(st.lists(st.integers(-half, half - 1), min_size=1, max_size=9))
+    x = np.array([0, -1, half - 1, -half, *values], np.int64)
+    c, fresh = random_words(len(x)), random_words(len(x))
+    result, _, _ = run_gate(Width(k, n), x.view(np.uint64) - c, c, fresh)
+    assert (result == reduce(np.maximum(x, 0).view(np.uint64), n)).all()
+
+
+def test_gate_reads_only_k_bits_of_its_input() -> None:
+    """Truncated shares are right modulo 2^(n - f_w) only; what lies above must not matter."""
+    x = np.arange(-128, 128)
+    c = random_words(256)
+    s = x.view(np.uint64) - c + (random_words(256) << np.uint64(8))
+    result, _, _ = run_gate(Width(8, 20), s, c, random_words(256))
+    assert (signed(result, 20) == np.maximum(x, 0)).all()
+
+
+def test_material_of_another_size_is_refused() -> None:
+    width = Width(9, 20)
+    _, message = relu.deal(
+        width, random_words(5), Stream(fresh_seed(), "gate"), Stream(fresh_seed(), "dealer")
+    )
+    for wrong in (message[:-1], message + b"\0", b""):
+        with pytest.raises(ProtocolError):
+            relu.read_server_share(width, 5, wrong)
+        with pytest.raises(ProtocolError):
+            relu.read_corrections(width, 5, wrong)
+
+
+def test_openings_are_uniform() -> None:
+    """X and the client's reply do not depend on x: chi-square over a fixed input."""
+    k, count = 4, 16000
+    for value in (-8, 0, 7):
+        x = np.full(count, value).view(np.uint64)
+        c, shared = random_words(count), fresh_seed()
+        corrections, message = relu.deal(
+            Width(k, 4), c, Stream(shared, "gate"), Stream(fresh_seed(), "dealer")
+        )
+        delta, at_server = relu.read_server_share(Width(k, 4), count, message)
+        at_client = relu.client_share(Width(k, 4), count, Stream(shared, "gate"), corrections)
+        opened, signs, down = relu.opening(at_server, delta, x - c, None)
+        reader = Reader(relu.answer(at_client, random_words(count), Reader(down)))
+        theirs, masked = reader.take(count, 1), reader.take(count, 4)
+        d = signs ^ theirs ^ (opened >> np.uint64(k - 1))
+        cells = np.bincount(((opened << np.uint64(1)) | d).astype(np.int64), minlength=32)
+        assert ((cells - count / 32) ** 2 / (count / 32)).sum() < 75  # 31 degrees, p = 2e-5
+        cells = np.bincount(masked.astype(np.int64), minlength=16)
+        assert ((cells - count / 16) ** 2 / (count / 16)).sum() < 50  # 15 degrees, p = 1e-5

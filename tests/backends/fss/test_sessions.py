@@ -1,0 +1,288 @@
+"""Three real sessions over in-process channels against plaintext torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from fss_networks import Builder, Floats, Sessions, images, planned, random_graph, residual
+
+from pi_system.backends import base
+from pi_system.backends.base import Options
+from pi_system.backends.fss import client, masks, packing, program, server
+from pi_system.backends.fss.plan import HIGH, Precision
+from pi_system.backends.fss.server import PLAN_KEY
+from pi_system.errors import PiError, ProtocolError, RefusedError, UsageError
+from pi_system.graph import serialize
+from pi_system.graph.execute import run
+from pi_system.graph.ir import Graph
+
+SPARE = 3
+ROUNDINGS = 24
+"""Typical error allowed on a logit, in units of the last place of an activation."""
+
+
+def close_to(private: Floats, graph: Graph, x: Floats, f_x: int, bound: float) -> None:
+    error = np.abs(private - run(graph, x)).max()
+    assert error <= bound
+    assert error <= ROUNDINGS * 2.0**-f_x
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_graphs(seed: int) -> None:
+    graph, plan = planned(random_graph(seed))
+    batch = 1 + seed % 3
+    x = images(graph, batch)
+    with Sessions(graph, Options(batch=batch)) as sessions:
+        sessions.offline(SPARE)
+        close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
+def test_residual_network_in_high_precision(keep: float) -> None:
+    graph, plan = planned(residual(keep=keep), HIGH)
+    x = images(graph, 2)
+    with Sessions(graph, Options(batch=2)) as sessions:
+        sessions.offline(SPARE)
+        close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
+
+
+def test_a_model_without_a_plan_is_calibrated_by_the_server() -> None:
+    graph = residual()
+    x = np.random.default_rng(0).uniform(-2, 2, (1, *graph.input.shape)).astype(np.float32)
+    with Sessions(graph) as sessions:
+        sessions.offline(SPARE)
+        assert np.abs(sessions.online(x) - run(graph, x)).max() < 0.1
+
+
+def test_the_registry_knows_the_backend() -> None:
+    assert base.get("fss").name == "fss"
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.4, 1.0])
+def test_online_bytes_and_round_trips(keep: float) -> None:
+    """k + n + 2 bits per kept ReLU, the image, the logits, framing; nothing for empty layers."""
+    graph, plan = planned(residual(keep=keep))
+    batch = 2
+    with Sessions(graph, Options(batch=batch)) as sessions:
+        sessions.offline(SPARE)
+        meter = sessions.at_client.meter
+        with meter.in_phase("online"):
+            sessions.online(images(graph, batch))
+        events = [event for event in meter.events if event.phase == "online"]
+    lowered = program.build(graph)
+    kept = {relu.out: batch * len(relu.kept) for relu in lowered.relus}
+    up = 4 + 8 + packing.size(batch * graph.input.shape[0] * 64, plan.input_n)
+    down = 4 + 1 + packing.size(batch * 5, plan.output_k)
+    for name, count in kept.items():
+        up += 4 + packing.size(count, plan.gates[name].n) + packing.size(count, 1)
+        down += 4 + packing.size(count, plan.gates[name].k) + packing.size(count, 1)
+    assert sum(kept.values()) == batch * graph.relu_kept
+    assert sum(event.bytes for event in events if event.direction == "sent") == up
+    assert sum(event.bytes for event in events if event.direction == "received") == down
+    assert len(events) == 2 * lowered.round_trips
+    assert lowered.round_trips == 1 + (3 if keep else 0)
+    assert {event.peer for event in events} == {"server"}
+
+
+def test_rings_shrink_where_every_position_is_kept() -> None:
+    _, full = planned(residual(keep=1.0))
+    _, partial = planned(residual(keep=0.5))
+    assert max(conv.n for conv in full.convs.values()) < 32
+    assert not any(conv.bound for conv in full.convs.values())
+    assert any(conv.bound for conv in partial.convs.values())
+    assert 0 < partial.retry_rate <= 2.0 ** -Precision().retry_bits
+    assert full.retry_rate == 0
+
+
+def test_material_is_burnt_before_use() -> None:
+    graph, _ = planned(residual())
+    x = images(graph, 1)
+    with Sessions(graph) as sessions:
+        sessions.offline(SPARE)
+        first = sessions.client._store
+        sessions.online(x)
+        with pytest.raises(RefusedError, match="spent"):
+            first.claim(0)
+        with pytest.raises(RefusedError, match="spent"):
+            sessions.server._store.claim(0)
+        sessions.client._store.claim(2)
+        with pytest.raises(RefusedError, match="no one-time material is left"):
+            sessions.client.online(x)
+
+
+def test_a_replayed_inference_is_refused_by_the_server() -> None:
+    graph, plan = planned(residual())
+    with Sessions(graph) as sessions:
+        sessions.offline(SPARE)
+        sessions.online(images(graph, 1))
+        size = packing.size(graph.input.shape[0] * 64, plan.input_n)
+        frame = (0).to_bytes(8, "little") + bytes(size)
+        with pytest.raises(RefusedError, match="spent"):
+            sessions.together(lambda: sessions.at_client.send(frame), sessions.server.online)
+
+
+def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
+    graph, plan = planned(residual())
+    with Sessions(graph) as sessions:
+        sessions.offline(SPARE)
+
+        def half() -> None:
+            inference, _ = sessions.client._store.claim_next()
+            size = packing.size(graph.input.shape[0] * 64, plan.input_n)
+            sessions.at_client.send(inference.to_bytes(8, "little") + bytes(size))
+            sessions.at_client.recv()
+            sessions.at_client.send(b"short")
+
+        with pytest.raises(ProtocolError):
+            sessions.together(half, sessions.server.online)
+        for store in (sessions.client._store, sessions.server._store):
+            with pytest.raises(RefusedError, match="spent"):
+                store.claim(0)
+
+
+def test_what_reaches_the_dealer() -> None:
+    """Architecture, masks, plan, W' (uniform, fresh per setup) and seeds of masks; no more."""
+    graph, plan = planned(residual())
+    seen: list[list[tuple[str, bytes]]] = []
+    for _ in range(2):
+        log: list[tuple[str, bytes]] = []
+        with Sessions(graph, log=log) as sessions:
+            sessions.offline(SPARE)
+            before = len(log)
+            sessions.online(images(graph, 1))
+            assert len(log) == before
+        seen.append(log)
+    lowered = program.build(graph)
+    ops = lowered.convs
+    head = 2  # graph, plan
+    for log in seen:
+        from_server = [data for peer, data in log if peer == "server"]
+        from_client = [data for peer, data in log if peer == "client"]
+        assert len(from_server) == head + len(ops)
+        assert from_server[0] == serialize.to_bytes(graph.public())
+        assert set(json.loads(from_server[1])) == {"plan", "model"}
+        assert [len(data) for data in from_client[1:]] == [8 + 16] * SPARE
+        assert len({data[8:] for data in from_client[1:]}) == SPARE
+    first, second = ([data for peer, data in log if peer == "server"][2:] for log in seen)
+    for op, a, b in zip(ops, first, second, strict=True):
+        count, n = int(np.prod(op.weight_shape)), plan.convs[op.out].n
+        x, y = (packing.unpack(data, count, n) for data in (a, b))
+        assert len(a) == packing.size(count, n)
+        assert (x != y).mean() > 0.99  # two setups never share b
+    joined = np.frombuffer(b"".join(first), np.uint8)
+    cells = np.bincount(joined, minlength=256)
+    expected = len(joined) / 256
+    assert ((cells - expected) ** 2 / expected).sum() < 380  # 255 degrees, p < 1e-6
+
+
+def test_the_dealer_refuses_a_client_of_another_session() -> None:
+    graph, _ = planned(residual())
+    with Sessions(graph) as sessions:
+        public = sessions.client._public
+        assert public is not None
+        sessions.client._public = dataclasses.replace(public, model="another")
+        sessions.at_client.timeout = sessions.at_server.timeout = 1.0
+        sessions.server_dealer.timeout = sessions.client_dealer.timeout = 1.0
+        with pytest.raises(PiError):
+            sessions.offline(1)
+        assert any(isinstance(error, RefusedError) for error in sessions.errors)
+
+
+def test_no_wrap_is_silent_and_retries_are_as_rare_as_derived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a ring so small that wraps are common: every answer right, or a retry."""
+    graph, plan = planned(residual(keep=0.4, side=4), Precision(retry_bits=2))
+    assert 1 / 9 <= plan.retry_rate <= 1 / 4
+    for module in (client, server):
+        monkeypatch.setattr(module, "MAX_RETRIES", 50)
+    runs = 40
+    x = images(graph, 1)
+    reference = run(graph, x)
+    with Sessions(graph) as sessions:
+        sessions.offline(runs)
+        for _ in range(runs):
+            assert np.abs(sessions.online(x) - reference).max() < ROUNDINGS * 2.0**-plan.f_x
+        assert not len(sessions.client._store) and not len(sessions.server._store)
+        used = sessions.client._store._spent + 1
+    rate = 1 - runs / used
+    limit = plan.retry_rate
+    assert used - runs > 0
+    assert rate <= limit + 5 * (limit / used) ** 0.5
+
+
+def test_without_the_zone_check_the_same_ring_fails() -> None:
+    """The check is what keeps answers right: without it some of them are wrong."""
+    graph, plan = planned(residual(keep=0.4, side=4), Precision(retry_bits=0))
+    open_plan = plan.to_json()
+    large = open_plan["input_n"]
+    open_plan["input_n"] -= 3
+    for layer in (*open_plan["convs"].values(), *open_plan["gates"].values()):
+        layer["n"] -= 3 * (layer["n"] == large)
+        layer.pop("bound", None)
+    for conv in open_plan["convs"].values():
+        conv["bound"] = 0
+    graph = Graph(graph.nodes, graph.tensors, {**graph.metadata, PLAN_KEY: open_plan})
+    x = images(graph, 1)
+    reference = run(graph, x)
+    with Sessions(graph) as sessions:
+        sessions.offline(40)
+        errors = [np.abs(sessions.online(x) - reference).max() for _ in range(40)]
+    wrong = [error for error in errors if error > ROUNDINGS * 2.0**-plan.f_x]
+    assert len(wrong) > 0
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
+    graph, plan = planned(residual())
+    with Sessions(graph) as sessions:
+        sessions.offline(1)
+        for wrong in (
+            images(graph, 2),
+            np.full((1, *graph.input.shape), 2 * plan.input_limit, np.float32),
+            np.full((1, *graph.input.shape), np.nan, np.float32),
+        ):
+            with pytest.raises(UsageError):
+                sessions.client.online(wrong)
+        assert len(sessions.client._store) == 1
+
+
+def test_streams_never_repeat() -> None:
+    """No mask or one-time word twice, across tensors, purposes and inferences."""
+    graph, plan = planned(residual())
+    lowered = program.build(graph)
+    seen: list[Any] = []
+    for inference in range(20):
+        bundle = masks.Bundle(bytes(16), "model", inference)
+        for item in masks.walk(lowered, plan, bundle, 1):
+            if isinstance(item, masks.LinearMasks):
+                seen += [item.t.reshape(-1), item.u.reshape(-1)]
+            elif isinstance(item, masks.GateMasks):
+                seen.append(item.fresh)
+            else:
+                seen.append(item.image.reshape(-1))
+    words = np.concatenate(seen)
+    assert len(np.unique(words)) == len(words)
+
+
+@pytest.mark.parametrize("module", ["client", "dealer", "party"])
+def test_client_and_dealer_import_no_torch(module: str) -> None:
+    code = f"import sys, pi_system.backends.fss.{module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_max_pooling_with_padding_and_odd_windows() -> None:
+    b = Builder(np.random.default_rng(5), (2, 7, 7))
+    x = b.pool(b.conv("image", 3), "maxpool", 3, 2, 1)
+    b.linear(x, 5)
+    graph, plan = planned(b.graph())
+    x_in = images(graph, 1)
+    with Sessions(graph) as sessions:
+        sessions.offline(SPARE)
+        close_to(sessions.online(x_in), graph, x_in, plan.f_x, plan.error)
