@@ -650,7 +650,7 @@ static double estimate(const struct pi_ringconv *h, int scheme, const uint64_t *
         }
     }
     double panels = (double)h->panels * h->groups;
-    double multiply = products * panels * rows * speed, stream = bytes * panels / 20;
+    double multiply = products * panels * rows * speed, stream = bytes * panels / 40;
     double in = (scheme == DIRECT ? 2.0 * h->stride_h * h->stride_w : a->in) *
                 ((h->in_group + 3) / 4) * h->groups;
     double out = (scheme == DIRECT ? 3.0 : a->out) * ((h->out_group + 3) / 4) * h->groups;

@@ -50,7 +50,7 @@ def load(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: not a library, or one without the kernels.
     """
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path.resolve()))
     try:
         prepare, run = library.pi_ringconv_prepare, library.pi_ringconv_run
         algorithm, features = library.pi_ringconv_algorithm, library.pi_ringconv_features

@@ -1,0 +1,149 @@
+"""Ring convolutions against torch's float32 ones, layer by layer of a CIFAR ResNet-18.
+
+    python benchmarks/micro_ringconv.py --n 62 --batch 1
+
+One thread. All layers run one after another, as in an inference, so that weights come from
+memory; the figure of a layer class is the least of all rounds, and ratios compare those sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pi_system.backends.fss import ringconv
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    inner: int
+    outer: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+
+
+def resnet18() -> list[Layer]:
+    layers = [Layer("stem", 3, 64, 32), *[Layer("64@32", 64, 64, 32)] * 4]
+    for inner, size in ((64, 32), (128, 16), (256, 8)):
+        outer = 2 * inner
+        same = Layer(f"{outer}@{size // 2}", outer, outer, size // 2)
+        down = Layer(f"{outer}@{size // 2} /2", inner, outer, size, 3, 2)
+        skip = Layer(f"{outer}@{size // 2} 1x1/2", inner, outer, size, 1, 2)
+        layers += [down, same, skip, same, same]
+    return [*layers, Layer("fc", 512, 100, 1, 1)]
+
+
+Step = tuple[str, Callable[[], object]]
+
+
+def ring_steps(
+    layers: list[Layer], n: int, batch: int, bits: int, winograd: bool, force: str | None,
+    kernels: ctypes.CDLL | None,
+) -> tuple[list[Step], dict[str, str]]:  # fmt: skip
+    rng = np.random.default_rng(0)
+    steps, chosen = [], {}
+    for layer in layers:
+        fan = layer.inner * layer.kernel**2
+        weight = rng.normal(0, (2 / fan) ** 0.5, (layer.outer, layer.inner, *[layer.kernel] * 2))
+        limit = 2 ** (bits - 1) - 1
+        words = np.rint(weight * (limit / np.abs(weight).max())).astype(np.int64)
+
+        def prepare(
+            algorithm: str | None, layer: Layer = layer, words: np.ndarray = words
+        ) -> ringconv.RingConvKernel | None:
+            return ringconv.prepare(
+                weight=words, input_shape=(layer.inner, layer.size, layer.size),
+                stride=(layer.stride, layer.stride), padding=(layer.kernel // 2,) * 2, n=n,
+                winograd=winograd, force=(algorithm, None), kernels=kernels,
+            )  # fmt: skip
+
+        kernel = prepare(force) or prepare(None)
+        if kernel is None:
+            raise SystemExit("the extension is not built")
+        x = rng.integers(0, 2**64, (batch, layer.inner, layer.size, layer.size), dtype=np.uint64)
+        add, out = (np.zeros((batch, *kernel.output_shape), np.uint64) for _ in range(2))
+
+        def run(
+            kernel: ringconv.RingConvKernel = kernel, x: ringconv.Words = x,
+            add: ringconv.Words = add, out: ringconv.Words = out,
+        ) -> object:  # fmt: skip
+            return kernel(x, add, out)
+
+        steps.append((layer.name, run))
+        chosen[layer.name] = kernel.algorithm
+    return steps, chosen
+
+
+def torch_steps(layers: list[Layer], batch: int, layout: torch.memory_format) -> list[Step]:
+    steps: list[Step] = []
+    for layer in layers:
+        conv = nn.Conv2d(layer.inner, layer.outer, layer.kernel, layer.stride, layer.kernel // 2)
+        module = conv.eval().to(memory_format=layout)
+        shape = batch, layer.inner, layer.size, layer.size
+        x = torch.randn(shape).to(memory_format=layout)
+        steps.append((layer.name, lambda module=module, x=x: module(x)))
+    return steps
+
+
+def least(steps: list[Step], rounds: int) -> tuple[dict[str, float], float]:
+    """Least ms of each layer's class (summed over its layers), and of a whole round."""
+    best: dict[str, float] = {}
+    whole = float("inf")
+    for _ in range(rounds):
+        spent: dict[str, float] = {}
+        begin = last = time.perf_counter()
+        for name, run in steps:
+            run()
+            now = time.perf_counter()
+            spent[name] = spent.get(name, 0.0) + 1e3 * (now - last)
+            last = now
+        whole = min(whole, 1e3 * (last - begin))
+        best = {name: min(ms, best.get(name, ms)) for name, ms in spent.items()}
+    return best, whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--n", type=int, default=62, help="bits of the ring")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--bits", type=int, default=11, help="bits of the weights")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--no-winograd", action="store_true")
+    parser.add_argument("--force", choices=ringconv.ALGORITHMS, help="where it can be had")
+    parser.add_argument("--library", type=Path, help="instead of the installed extension")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    kernels = None if args.library is None else ringconv.load(args.library)
+    layers = resnet18()
+    steps, chosen = ring_steps(
+        layers, args.n, args.batch, args.bits, not args.no_winograd, args.force, kernels
+    )
+    ring, ring_whole = least(steps, args.rounds)
+    with torch.inference_mode():
+        columns = [
+            least(torch_steps(layers, args.batch, layout), args.rounds)
+            for layout in (torch.contiguous_format, torch.channels_last)
+        ]
+    print(f"{'layers':14} {'ring ms':>8} {'torch ms: NCHW':>15} {'NHWC':>8}  algorithm")
+    for name, ms in ring.items():
+        theirs = [column[name] for column, _ in columns]
+        count = sum(layer.name == name for layer in layers)
+        print(f"{name:12} {count} {ms:8.3f} {theirs[0]:15.3f} {theirs[1]:8.3f}  {chosen[name]}")
+    sums = [sum(column.values()) for column in (ring, *(column for column, _ in columns))]
+    print(f"{'sum':14} {sums[0]:8.3f} {sums[1]:15.3f} {sums[2]:8.3f}")
+    print(f"{'whole round':14} {ring_whole:8.3f} {columns[0][1]:15.3f} {columns[1][1]:8.3f}")
+
+
+if __name__ == "__main__":
+    main()
