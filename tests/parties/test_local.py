@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -153,7 +154,10 @@ def wait_until_connected(process: int) -> None:
     """Wait until a process has two sockets: the client, once it talks to server and dealer."""
     deadline = time.monotonic() + 60
     while True:
-        links = (os.readlink(entry) for entry in Path(f"/proc/{process}/fd").iterdir())
+        links = []
+        for entry in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                links.append(os.readlink(entry))
         if sum(link.startswith("socket:") for link in links) == 2:
             return
         assert time.monotonic() < deadline
