@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...errors import UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
@@ -11,15 +12,34 @@ from .server import Server
 
 
 class FssBackend:
-    """One round trip per ReLU layer, and none for linearized positions."""
+    """One round trip per ReLU layer, and none for linearized positions.
+
+    Every session runs on one thread of the CPU; the options' ``threads`` and ``device`` may ask
+    for nothing else.
+    """
 
     name = "fss"
 
     def server(self, graph: Graph, client: Channel, dealer: Channel, options: Options) -> Server:
+        _check(options)
         return Server(graph, client, dealer, options)
 
     def client(self, public: Graph, server: Channel, dealer: Channel, options: Options) -> Client:
+        _check(options)
         return Client(public, server, dealer, options)
 
     def dealer(self, server: Channel, client: Channel, options: Options) -> Dealer:
+        _check(options)
         return Dealer(server, client, options)
+
+
+def _check(options: Options) -> None:
+    """Refuse what would be ignored, and recorded in results as if it had not been.
+
+    Raises:
+        UsageError: several threads, or another device than the CPU.
+    """
+    if options.threads != 1:
+        raise UsageError(f"the fss backend runs on one thread, not {options.threads}: --threads 1")
+    if options.device != "cpu":
+        raise UsageError(f"the fss backend has no device {options.device!r}: use --device cpu")
