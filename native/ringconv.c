@@ -733,6 +733,19 @@ static int make_rows(struct pi_ringconv *h)
 
 /* ---- interface ------------------------------------------------------------------------------ */
 
+EXPORT void pi_ringconv_free(struct pi_ringconv *h)
+{
+    if (!h)
+        return;
+    free(h->segments);
+    free(h->chunks);
+    free(h->start);
+    free(h->weights);
+    free(h->row);
+    free(h->words);
+    free(h);
+}
+
 /* A prepared convolution, or NULL (no memory, or `scheme` or `isa` cannot be had).
  *
  * geometry: in, height, width, out, kernel h w, stride h w, padding h w, dilation h w, groups.
@@ -802,27 +815,8 @@ EXPORT struct pi_ringconv *pi_ringconv_prepare(const uint64_t *weight, const int
     give_workspace(take_workspace(workspace_bytes(h)));
     return h;
 fail:
-    free(h->segments);
-    free(h->chunks);
-    free(h->start);
-    free(h->weights);
-    free(h->row);
-    free(h->words);
-    free(h);
+    pi_ringconv_free(h);
     return NULL;
-}
-
-EXPORT void pi_ringconv_free(struct pi_ringconv *h)
-{
-    if (!h)
-        return;
-    free(h->segments);
-    free(h->chunks);
-    free(h->start);
-    free(h->weights);
-    free(h->row);
-    free(h->words);
-    free(h);
 }
 
 /* What was chosen: its name, or the instruction set. */

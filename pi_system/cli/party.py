@@ -178,8 +178,9 @@ def dealer(
     with _listener(listen) as listener:
         from ..backends import base
         from ..parties import dealer as party
+        from ..parties.serving import ServingSettings
 
-        settings = party.DealerSettings(
+        settings = ServingSettings(
             backend=base.get(backend),
             backend_name=backend,
             device=device,

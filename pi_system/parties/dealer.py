@@ -7,28 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from ..backends.base import Backend, Options
+from ..backends.base import Options
 from ..errors import PeerTimeout, PiError, RefusedError
 from ..net.channel import Channel, Listener
 from ..net.meter import Meter
-from . import handshake
+from . import handshake, serving
 from .handshake import Hello
-from .timeouts import Timeouts
-
-
-@dataclass(frozen=True)
-class DealerSettings:
-    """How a dealer serves: see :class:`ServerSettings`."""
-
-    backend: Backend
-    backend_name: str
-    threads: int = 1
-    device: str = "cpu"
-    timeouts: Timeouts = field(default_factory=Timeouts)
-    log_frames: bool = False
+from .serving import ServingSettings
 
 
 class _Waiting(NamedTuple):
@@ -40,22 +27,14 @@ class _Waiting(NamedTuple):
 class Dealer:
     """Serves sessions from a listening socket."""
 
-    def __init__(self, listener: Listener, settings: DealerSettings) -> None:
+    def __init__(self, listener: Listener, settings: ServingSettings) -> None:
         self._listener = listener
         self._settings = settings
         self._waiting: dict[str, _Waiting] = {}
 
-    def serve_forever(self, report: Callable[[str], None]) -> None:
+    def serve_forever(self, report: Callable[[str], None]) -> NoReturn:
         """Serve sessions one after another; a failed one is reported in one line."""
-        while True:
-            try:
-                self.serve_once()
-            except PiError as error:
-                report(f"session failed: {error}")
-            except Exception as error:  # one session's bad luck is not the next one's
-                report(f"session failed: unexpected {type(error).__name__}: {error}")
-            else:
-                report("session ended")
+        serving.serve_forever(self.serve_once, report)
 
     def serve_once(self) -> Meter:
         """Wait for a pair and serve it; returns what was sent and received.

@@ -4,56 +4,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NoReturn
 
-from ..backends.base import Backend, Options
+from ..backends.base import Options
 from ..errors import PiError, ProtocolError
 from ..graph.ir import Graph
 from ..net.channel import Channel, Listener, PeerClosed, connect
 from ..net.meter import Meter
-from . import commands, handshake
+from . import commands, handshake, serving
 from .address import Address
 from .public import send_public
-from .timeouts import Timeouts
+from .serving import ServingSettings
 
 
-@dataclass(frozen=True)
-class ServerSettings:
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(ServingSettings):
     """How a server serves.
 
     Attributes:
         model: with its weights.
         sha256: the model's hash.
         dealer: where the dealer listens.
-        threads: per party.
-        device: torch device of the linear layers.
-        log_frames: keep the log of frames for :class:`Meter`'s readers.
     """
 
     model: Graph
     sha256: str
-    backend: Backend
-    backend_name: str
     dealer: Address
-    threads: int = 1
-    device: str = "cpu"
-    timeouts: Timeouts = field(default_factory=Timeouts)
-    log_frames: bool = False
 
 
 def serve_forever(
     listener: Listener, settings: ServerSettings, report: Callable[[str], None]
-) -> None:
+) -> NoReturn:
     """Serve sessions one after another; a failed one is reported in one line."""
-    while True:
-        try:
-            serve_once(listener, settings)
-        except PiError as error:
-            report(f"session failed: {error}")
-        except Exception as error:  # one client's bad luck is not the next one's
-            report(f"session failed: unexpected {type(error).__name__}: {error}")
-        else:
-            report("session ended")
+    serving.serve_forever(lambda: serve_once(listener, settings), report)
 
 
 def serve_once(listener: Listener, settings: ServerSettings) -> Meter:

@@ -23,9 +23,10 @@ from pi_system.parties.address import Address
 from pi_system.parties.classify import classify
 from pi_system.parties.client import Client, ClientSettings
 from pi_system.parties.commands import Command
-from pi_system.parties.dealer import Dealer, DealerSettings
+from pi_system.parties.dealer import Dealer
 from pi_system.parties.public import receive_public
 from pi_system.parties.server import ServerSettings, serve_once
+from pi_system.parties.serving import ServingSettings
 from pi_system.parties.timeouts import Timeouts
 
 PATIENT = Timeouts(step=20.0, prepare=20.0, idle=20.0, hello=10.0)
@@ -52,7 +53,7 @@ class Stage:
             timeouts=timeouts,
             log_frames=True,
         )
-        dealer = DealerSettings(self.backend, "toy", timeouts=timeouts, log_frames=True)
+        dealer = ServingSettings(self.backend, "toy", timeouts=timeouts, log_frames=True)
         self.dealer: Future[Meter] = pool.submit(Dealer(self.listeners[1], dealer).serve_once)
         self.server: Future[Meter] = pool.submit(serve_once, self.listeners[0], server)
 
