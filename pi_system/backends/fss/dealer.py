@@ -9,10 +9,9 @@ from ...errors import ProtocolError
 from ...net.channel import Channel
 from ...net.framing import PeerClosed
 from ..base import Options
-from . import masks, packing, prg, relu
+from . import offline, packing, prg
 from .linear import RingConv
-from .masks import Bundle, GateMasks, LinearMasks
-from .prg import Stream
+from .masks import Bundle
 from .public import Public, agree, receive_graph
 
 MAX_COUNT = 1 << 20
@@ -60,22 +59,5 @@ class Dealer:
                 if len(head) != 8 + prg.SEED_BYTES:
                     raise ProtocolError("the client sent no seed")
                 inference = int.from_bytes(head[:8], "little")
-                self._deal(public, blinded, Bundle(head[8:], public.model, inference))
-
-    def _deal(self, public: Public, blinded: dict[str, RingConv], bundle: Bundle) -> None:
-        own = prg.fresh_seed()
-        for item in masks.walk(public.lowered, public.plan, bundle, public.batch):
-            if isinstance(item, LinearMasks):
-                n = public.plan.convs[item.op.out].n
-                g = blinded[item.op.out](item.source, item.t - item.u)
-                self._server.send(packing.pack(g, n))
-            elif isinstance(item, GateMasks):
-                width = public.plan.gates[item.op.out]
-                corrections, message = relu.deal(
-                    width,
-                    item.c,
-                    bundle.stream(item.op.out, "gate"),
-                    Stream(own, bundle.inference, item.op.out, "dealer"),
-                )
-                self._server.send(message)
-                self._client.send_array(corrections)
+                bundle = Bundle(head[8:], public.model, inference)
+                offline.deal(public, blinded, bundle, self._server, self._client)

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from ...errors import ProtocolError, RefusedError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import packing, plan, prg, program, relu, weights
+from . import offline, packing, plan, prg, program, weights
 from .linear import RingConv
 from .masks import blinding
+from .material import ServerMaterial
+from .online import Run
 from .packing import Reader
 from .plan import Plan
-from .program import Conv, Index, Input, Op, Relu
-from .public import MAX_RETRIES, OK, RETRY, Public, agree, send_graph, send_plan
+from .program import Index
+from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
 from .store import Store
 
 PLAN_KEY = "fss_plan"
-
-
-@dataclass
-class ServerMaterial:
-    """Of one inference: h = W r' - u plus bias per linear operation, and the gates' shares."""
-
-    h: dict[str, Words] = field(default_factory=dict)
-    gates: dict[str, tuple[Words, relu.Share]] = field(default_factory=dict)
 
 
 class Server:
@@ -86,25 +78,9 @@ class Server:
         if not isinstance(first, int):
             raise ProtocolError("the client names no first inference")
         for inference in self._store.reserve(first, count):
-            self._store.add(inference, self._receive_material(public))
-
-    def _receive_material(self, public: Public) -> ServerMaterial:
-        material = ServerMaterial()
-        for op in public.lowered.ops:
-            if isinstance(op, Conv):
-                n = public.plan.convs[op.out].n
-                total = public.batch * op.size
-                shape = (public.batch, *op.shape)
-                limit = packing.size(total, n)
-                e = packing.unpack(self._client.recv(limit), total, n).reshape(shape)
-                g = packing.unpack(self._dealer.recv(limit), total, n).reshape(shape)
-                material.h[op.out] = e + g + self._bias[op.out]
-            elif isinstance(op, Relu):
-                width = public.plan.gates[op.out]
-                count = public.batch * len(op.kept)
-                message = self._dealer.recv()
-                material.gates[op.out] = relu.read_server_share(width, count, message)
-        return material
+            self._store.add(
+                inference, offline.receive(public, self._bias, self._client, self._dealer)
+            )
 
     def online(self) -> None:
         public = self._ready()
@@ -125,85 +101,10 @@ class Server:
         material = self._store.claim(inference)
         image = reader.take(size, public.plan.input_n)
         reader.done()
-        run = _Run(public, self._convs, self._positions, material, self._client)
+        run = Run(public, self._convs, self._positions, material, self._client)
         return run.run(image.reshape(public.batch, *public.lowered.input.shape))
 
     def _ready(self) -> Public:
         if self._public is None:
             raise RefusedError("the session is not set up")
         return self._public
-
-
-class _Run:
-    """One inference's shares on their way through the program."""
-
-    def __init__(
-        self,
-        public: Public,
-        convs: dict[str, RingConv],
-        positions: dict[str, Index | None],
-        material: ServerMaterial,
-        client: Channel,
-    ) -> None:
-        self._public = public
-        self._convs = convs
-        self._positions = positions
-        self._material = material
-        self._client = client
-        self._shares: dict[str, Words] = {}
-        self._wrapped = False
-        self._last = public.lowered.last_reader()
-
-    def run(self, image: Words) -> bool:
-        lowered, plan = self._public.lowered, self._public.plan
-        self._shares[lowered.input.out] = image
-        for step in lowered.steps:
-            for op in step.ops:
-                if not isinstance(op, Input):
-                    self._local(op)
-            if step.gates:
-                self._gates(step.gates)
-        logits = packing.pack(self._shares[lowered.output], plan.output_k)
-        status = RETRY if self._wrapped else OK
-        if self._wrapped:
-            logits = bytes(len(logits))
-        with self._client.meter.in_layer(lowered.output):
-            self._client.send(bytes([status]) + logits)
-        return not self._wrapped
-
-    def _local(self, op: Op) -> None:
-        inputs = [self._shares[name] for name in op.inputs]
-        if isinstance(op, Conv):
-            planned = self._public.plan.convs[op.out]
-            h = self._material.h.pop(op.out)
-            value, near = self._convs[op.out].truncated(inputs[0], h, planned.f_w, planned.bound)
-            self._wrapped |= near
-            self._write(op, value)
-        else:
-            self._write(op, program.apply_local(op, inputs))
-
-    def _gates(self, gates: tuple[Relu, ...]) -> None:
-        opened, messages = [], []
-        for op in gates:
-            delta, share = self._material.gates.pop(op.out)
-            source = np.ascontiguousarray(self._shares[op.source])
-            index = self._positions[op.out]
-            x, signs, message = relu.opening(share, delta, source, index)
-            opened.append((share, x, signs))
-            messages.append(message)
-        with self._client.meter.in_layer(gates[0].out):
-            self._client.send(b"".join(messages))
-            sizes = (share.width.closing_bytes(share.count) for share, _, _ in opened)
-            reader = Reader(self._client.recv(sum(sizes)))
-        for op, (share, x, signs) in zip(gates, opened, strict=True):
-            source = self._shares[op.source]
-            target = np.empty(source.shape, np.uint64) if op.full else source.copy()
-            relu.closing(share, x, signs, reader, target, self._positions[op.out])
-            self._write(op, target)
-        reader.done()
-
-    def _write(self, op: Op, value: Words) -> None:
-        self._shares[op.out] = value
-        for name in set(op.inputs):
-            if self._last[name] == op.out:
-                del self._shares[name]

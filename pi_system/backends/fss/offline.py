@@ -1,0 +1,108 @@
+"""One inference's one-time material, made by client and dealer and received by the server.
+
+The client sends e = b r' - t to the server, the dealer sends g = W' r' - (u - t); the server
+keeps h = e + g = W r' - u. The dealer makes the gates' material and sends each side its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ...net.channel import Channel
+from . import masks, packing, prg, relu
+from .linear import RingConv
+from .masks import Bundle, GateMasks, LinearMasks
+from .material import ClientMaterial, ServerMaterial
+from .prg import Stream
+from .program import Conv, Relu
+from .public import Public
+from .ring import Words
+
+
+def receive(
+    public: Public, bias: Mapping[str, Words], client: Channel, dealer: Channel
+) -> ServerMaterial:
+    """The server's part.
+
+    Args:
+        bias: per linear operation, (O, 1, 1), added to h.
+
+    Raises:
+        ProtocolError: a message does not have exactly its form.
+    """
+    material = ServerMaterial()
+    for op in public.lowered.ops:
+        if isinstance(op, Conv):
+            n = public.plan.convs[op.out].n
+            total = public.batch * op.size
+            shape = (public.batch, *op.shape)
+            limit = packing.size(total, n)
+            e = packing.unpack(client.recv(limit), total, n).reshape(shape)
+            g = packing.unpack(dealer.recv(limit), total, n).reshape(shape)
+            material.h[op.out] = e + g + bias[op.out]
+        elif isinstance(op, Relu):
+            width = public.plan.gates[op.out]
+            count = public.batch * len(op.kept)
+            material.gates[op.out] = relu.read_server_share(width, count, dealer.recv())
+    return material
+
+
+def make(
+    public: Public, b: Mapping[str, RingConv], inference: int, server: Channel, dealer: Channel
+) -> ClientMaterial:
+    """The client's part.
+
+    Args:
+        b: the convolution with b per linear operation.
+    """
+    seed = prg.fresh_seed()
+    dealer.send(inference.to_bytes(8, "little") + seed)
+    bundle = Bundle(seed, public.model, inference)
+    gates: dict[str, tuple[relu.Share, Words]] = {}
+    for item in masks.walk(public.lowered, public.plan, bundle, public.batch):
+        if isinstance(item, LinearMasks):
+            n = public.plan.convs[item.op.out].n
+            e = b[item.op.out](item.source, np.uint64(0) - item.t)
+            server.send(packing.pack(e, n))
+        elif isinstance(item, GateMasks):
+            width, size = public.plan.gates[item.op.out], len(item.c)
+            message = dealer.recv(16 * width.blocks * size)
+            corrections = relu.read_corrections(width, size, message)
+            stream = bundle.stream(item.op.out, "gate")
+            share = relu.client_share(width, size, stream, corrections)
+            gates[item.op.out] = (share, item.fresh)
+        else:
+            ends = item
+    return ClientMaterial(ends, gates)
+
+
+def deal(
+    public: Public,
+    blinded: Mapping[str, RingConv],
+    bundle: Bundle,
+    server: Channel,
+    client: Channel,
+) -> None:
+    """The dealer's part.
+
+    Args:
+        blinded: the convolution with W' per linear operation.
+    """
+    own = prg.fresh_seed()
+    for item in masks.walk(public.lowered, public.plan, bundle, public.batch):
+        if isinstance(item, LinearMasks):
+            n = public.plan.convs[item.op.out].n
+            g = blinded[item.op.out](item.source, item.t - item.u)
+            server.send(packing.pack(g, n))
+        elif isinstance(item, GateMasks):
+            width = public.plan.gates[item.op.out]
+            corrections, message = relu.deal(
+                width,
+                item.c,
+                bundle.stream(item.op.out, "gate"),
+                Stream(own, bundle.inference, item.op.out, "dealer"),
+            )
+            server.send(message)
+            client.send_array(corrections)

@@ -1,0 +1,131 @@
+"""One inference on one item of material: the server's and the client's side of the online phase."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...errors import ProtocolError
+from ...net.channel import Channel
+from . import packing, program, relu
+from .linear import RingConv
+from .material import ClientMaterial, ServerMaterial
+from .packing import Reader
+from .program import Conv, Index, Input, Op, Relu
+from .public import OK, RETRY, Public
+from .ring import Words
+
+
+def ask(
+    public: Public, material: ClientMaterial, inference: int, image: Words, server: Channel
+) -> Words | None:
+    """The client's side.
+
+    Args:
+        image: (N, C, H, W), fixed-point.
+
+    Returns:
+        the logits modulo 2^output_k, or ``None`` where the server asks for a retry.
+
+    Raises:
+        ProtocolError: a message does not have exactly its form.
+    """
+    lowered, plan = public.lowered, public.plan
+    head = inference.to_bytes(8, "little")
+    masked = packing.pack(image - material.ends.image, plan.input_n)
+    with server.meter.in_layer(lowered.input.out):
+        server.send(head + masked)
+    for step in lowered.steps:
+        if not step.gates:
+            continue
+        with server.meter.in_layer(step.gates[0].out):
+            parts = [material.gates.pop(op.out) for op in step.gates]
+            size = sum(share.width.opening_bytes(share.count) for share, _ in parts)
+            reader = Reader(server.recv(size))
+            answers = [relu.answer(share, fresh, reader) for share, fresh in parts]
+            reader.done()
+            server.send(b"".join(answers))
+    with server.meter.in_layer(lowered.output):
+        count = material.ends.logits.size
+        message = server.recv(1 + packing.size(count, plan.output_k))
+    if not message or message[0] not in (OK, RETRY):
+        raise ProtocolError("the server's answer has no valid status")
+    logits = packing.unpack(message[1:], count, plan.output_k)
+    if message[0] == RETRY:
+        return None
+    return logits.reshape(material.ends.logits.shape) + material.ends.logits
+
+
+class Run:
+    """The server's side: its shares on their way through the program."""
+
+    def __init__(
+        self,
+        public: Public,
+        convs: dict[str, RingConv],
+        positions: dict[str, Index | None],
+        material: ServerMaterial,
+        client: Channel,
+    ) -> None:
+        self._public = public
+        self._convs = convs
+        self._positions = positions
+        self._material = material
+        self._client = client
+        self._shares: dict[str, Words] = {}
+        self._wrapped = False
+        self._last = public.lowered.last_reader()
+
+    def run(self, image: Words) -> bool:
+        """From Z of the image to the answer; whether it is good."""
+        lowered, plan = self._public.lowered, self._public.plan
+        self._shares[lowered.input.out] = image
+        for step in lowered.steps:
+            for op in step.ops:
+                if not isinstance(op, Input):
+                    self._local(op)
+            if step.gates:
+                self._gates(step.gates)
+        logits = packing.pack(self._shares[lowered.output], plan.output_k)
+        status = RETRY if self._wrapped else OK
+        if self._wrapped:
+            logits = bytes(len(logits))
+        with self._client.meter.in_layer(lowered.output):
+            self._client.send(bytes([status]) + logits)
+        return not self._wrapped
+
+    def _local(self, op: Op) -> None:
+        inputs = [self._shares[name] for name in op.inputs]
+        if isinstance(op, Conv):
+            planned = self._public.plan.convs[op.out]
+            h = self._material.h.pop(op.out)
+            value, near = self._convs[op.out].truncated(inputs[0], h, planned.f_w, planned.bound)
+            self._wrapped |= near
+            self._write(op, value)
+        else:
+            self._write(op, program.apply_local(op, inputs))
+
+    def _gates(self, gates: tuple[Relu, ...]) -> None:
+        opened, messages = [], []
+        for op in gates:
+            delta, share = self._material.gates.pop(op.out)
+            source = np.ascontiguousarray(self._shares[op.source])
+            index = self._positions[op.out]
+            x, signs, message = relu.opening(share, delta, source, index)
+            opened.append((share, x, signs))
+            messages.append(message)
+        with self._client.meter.in_layer(gates[0].out):
+            self._client.send(b"".join(messages))
+            sizes = (share.width.closing_bytes(share.count) for share, _, _ in opened)
+            reader = Reader(self._client.recv(sum(sizes)))
+        for op, (share, x, signs) in zip(gates, opened, strict=True):
+            source = self._shares[op.source]
+            target = np.empty(source.shape, np.uint64) if op.full else source.copy()
+            relu.closing(share, x, signs, reader, target, self._positions[op.out])
+            self._write(op, target)
+        reader.done()
+
+    def _write(self, op: Op, value: Words) -> None:
+        self._shares[op.out] = value
+        for name in set(op.inputs):
+            if self._last[name] == op.out:
+                del self._shares[name]
