@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .. import __version__
+from ..backends.fss import kernels, ringconv
 
 _PACKAGES: Final = ("torch", "numpy", "crypten", "cryptography")
 _VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -27,6 +28,7 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         "cpu": _cpu_model(),
         "cpu_flags": _cpu_flags(),
+        "kernels": {"gates": kernels.describe(), "convolutions": ringconv.features()},
         "cores": os.cpu_count() or 1,
         "cores_usable": _usable_cores(),
         "memory_mb": _memory_mb(),

@@ -14,6 +14,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 Phase = Literal["setup", "offline", "online"]
 Direction = Literal["sent", "received"]
+Work = Literal["linear", "gates", "local", "wait"]
+"""What a party's time goes into: linear layers, gates, all else it computes, its peer."""
 
 PHASES: Final[tuple[Phase, ...]] = ("setup", "offline", "online")
 
@@ -41,7 +43,7 @@ class Labels(NamedTuple):
 
 
 class Meter:
-    """The labels in force, the log of frames and the seconds spent in each layer.
+    """The labels in force, the log of frames and the seconds by layer and by kind of work.
 
     Frames before any :meth:`in_phase` count as setup. With ``log`` false only the byte totals
     are kept, so that a server may run for months.
@@ -52,6 +54,7 @@ class Meter:
         self.events: list[Event] = []
         self.totals: dict[tuple[Phase, str, Direction], int] = {}
         self.seconds: dict[Labels, float] = {}
+        self.work: dict[tuple[Phase, int, Work], float] = {}
         self._log = log
 
     def frame(self, peer: str, direction: Direction, size: int) -> None:
@@ -61,6 +64,12 @@ class Meter:
         self.totals[key] = self.totals.get(key, 0) + size
         if self._log:
             self.events.append(Event(*labels, peer, direction, size))
+
+    def spend(self, kind: Work, seconds: float) -> None:
+        """Add to the time of one kind of work in the phase and inference in force."""
+        if self._log:
+            key = (self.labels.phase, self.labels.inference, kind)
+            self.work[key] = self.work.get(key, 0.0) + seconds
 
     def move_last(self, phase: Phase, inference: int = -1) -> None:
         """Count the latest frame under another phase.
@@ -108,6 +117,7 @@ class Meter:
         return {
             "events": [list(event) for event in self.events],
             "seconds": [[*labels, seconds] for labels, seconds in self.seconds.items()],
+            "work": [[*key, seconds] for key, seconds in self.work.items()],
         }
 
 
@@ -119,3 +129,22 @@ def events_from_json(data: dict[str, Any]) -> list[Event]:
 def seconds_from_json(data: dict[str, Any]) -> dict[Labels, float]:
     """The seconds per layer of :meth:`Meter.to_json`."""
     return {Labels(*row[:-1]): row[-1] for row in data["seconds"]}
+
+
+def work_from_json(data: dict[str, Any]) -> dict[tuple[Phase, int, Work], float]:
+    """The seconds per phase, inference and kind of work of :meth:`Meter.to_json`."""
+    return {(row[0], row[1], row[2]): row[3] for row in data["work"]}
+
+
+class Clock:
+    """Gives every moment between its laps to one kind of work."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._last = time.perf_counter()
+
+    def lap(self, kind: Work) -> None:
+        """The time since the last lap, or the clock's start, went into ``kind``."""
+        now = time.perf_counter()
+        self._meter.spend(kind, now - self._last)
+        self._last = now

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 
-from pi_system.net.meter import Event, Labels, Meter, events_from_json, seconds_from_json
+from pi_system.net.meter import (
+    Clock,
+    Event,
+    Labels,
+    Meter,
+    events_from_json,
+    seconds_from_json,
+    work_from_json,
+)
 
 
 def test_frames_are_counted_under_the_labels_in_force() -> None:
@@ -38,15 +47,33 @@ def test_the_log_passes_through_json() -> None:
     meter = Meter()
     with meter.in_phase("online", 1), meter.in_layer("relu1"):
         meter.frame("server", "sent", 10)
+        meter.spend("gates", 0.25)
     data = json.loads(json.dumps(meter.to_json()))
     assert events_from_json(data) == meter.events
     assert seconds_from_json(data) == meter.seconds
+    assert work_from_json(data) == meter.work == {("online", 1, "gates"): 0.25}
 
 
 def test_without_a_log_only_totals_are_kept() -> None:
     meter = Meter(log=False)
     with meter.in_phase("offline", 0):
         meter.frame("dealer", "received", 7)
+        meter.spend("linear", 1.0)
     meter.move_last("online", 0)
-    assert meter.events == [] and meter.seconds == {}
+    assert meter.events == [] and meter.seconds == {} and meter.work == {}
     assert meter.total("offline", "dealer", "received") == 7
+
+
+def test_a_clock_gives_all_its_time_to_some_kind_of_work() -> None:
+    meter = Meter()
+    started = time.perf_counter()
+    with meter.in_phase("online", 2):
+        clock = Clock(meter)
+        for _ in range(3):
+            time.sleep(0.002)
+            clock.lap("linear")
+            clock.lap("wait")
+    spent = time.perf_counter() - started
+    linear, wait = meter.work["online", 2, "linear"], meter.work["online", 2, "wait"]
+    assert 0.006 <= linear <= spent
+    assert 0 <= wait <= spent - linear

@@ -6,6 +6,7 @@ import numpy as np
 
 from ...errors import ProtocolError
 from ...net.channel import Channel
+from ...net.meter import Clock
 from . import packing, program, relu
 from .linear import RingConv
 from .material import ClientMaterial, ServerMaterial
@@ -30,8 +31,10 @@ def ask(
         ProtocolError: a message does not have exactly its form.
     """
     lowered, plan = public.lowered, public.plan
+    clock = Clock(server.meter)
     head = inference.to_bytes(8, "little")
     masked = packing.pack(image - material.ends.image, plan.input_n)
+    clock.lap("local")
     with server.meter.in_layer(lowered.input.out):
         server.send(head + masked)
     for step in lowered.steps:
@@ -41,18 +44,21 @@ def ask(
             parts = [material.gates.pop(op.out) for op in step.gates]
             size = sum(share.width.opening_bytes(share.count) for share, _ in parts)
             reader = Reader(server.recv(size))
+            clock.lap("wait")
             answers = [relu.answer(share, fresh, reader) for share, fresh in parts]
             reader.done()
+            clock.lap("gates")
             server.send(b"".join(answers))
     with server.meter.in_layer(lowered.output):
         count = material.ends.logits.size
         message = server.recv(1 + packing.size(count, plan.output_k))
+    clock.lap("wait")
     if not message or message[0] not in (OK, RETRY):
         raise ProtocolError("the server's answer has no valid status")
     logits = packing.unpack(message[1:], count, plan.output_k)
-    if message[0] == RETRY:
-        return None
-    return logits.reshape(material.ends.logits.shape) + material.ends.logits
+    logits = logits.reshape(material.ends.logits.shape) + material.ends.logits
+    clock.lap("local")
+    return None if message[0] == RETRY else logits
 
 
 class Run:
@@ -74,6 +80,7 @@ class Run:
         self._shares: dict[str, Words] = {}
         self._wrapped = False
         self._last = public.lowered.last_reader()
+        self._clock = Clock(client.meter)
 
     def run(self, image: Words) -> bool:
         """From Z of the image to the answer; whether it is good."""
@@ -89,8 +96,10 @@ class Run:
         status = RETRY if self._wrapped else OK
         if self._wrapped:
             logits = bytes(len(logits))
+        self._clock.lap("local")
         with self._client.meter.in_layer(lowered.output):
             self._client.send(bytes([status]) + logits)
+        self._clock.lap("wait")
         return not self._wrapped
 
     def _local(self, op: Op) -> None:
@@ -101,8 +110,10 @@ class Run:
             value, near = self._convs[op.out].truncated(inputs[0], h, planned.f_w, planned.bound)
             self._wrapped |= near
             self._write(op, value)
+            self._clock.lap("linear")
         else:
             self._write(op, program.apply_local(op, inputs))
+            self._clock.lap("local")
 
     def _gates(self, gates: tuple[Relu, ...]) -> None:
         opened, messages = [], []
@@ -113,16 +124,19 @@ class Run:
             x, signs, message = relu.opening(share, delta, source, index)
             opened.append((share, x, signs))
             messages.append(message)
+        self._clock.lap("gates")
         with self._client.meter.in_layer(gates[0].out):
             self._client.send(b"".join(messages))
             sizes = (share.width.closing_bytes(share.count) for share, _, _ in opened)
             reader = Reader(self._client.recv(sum(sizes)))
+        self._clock.lap("wait")
         for op, (share, x, signs) in zip(gates, opened, strict=True):
             source = self._shares[op.source]
             target = np.empty(source.shape, np.uint64) if op.full else source.copy()
             relu.closing(share, x, signs, reader, target, self._positions[op.out])
             self._write(op, target)
         reader.done()
+        self._clock.lap("gates")
 
     def _write(self, op: Op, value: Words) -> None:
         self._shares[op.out] = value
