@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..errors import IntegrityError, ParityError, UsageError
 from ..graph.execute import run as run_plaintext
 from ..graph.ir import Graph
+from ..net.link import parse
 from ..parties.local import LocalRun, run_local
 from ..parties.timeouts import Timeouts
 from . import environment
@@ -44,6 +45,7 @@ class Measurement:
         graph: the same model, for plaintext.
         images: (N, C, H, W), normalised.
         labels: (N,) or None.
+        network: see :func:`pi_system.net.link.parse`.
         repeat: at least so many inferences; every image is classified at least once.
     """
 
@@ -55,6 +57,7 @@ class Measurement:
     batch: int = 1
     threads: int = 1
     device: str = "cpu"
+    network: str = "loopback"
     repeat: int = 5
     warmup: int = 1
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -85,6 +88,7 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
             batch=plan.batch,
             threads=plan.threads,
             device=plan.device,
+            network=plan.network,
             repeat=plan.repeat,
             warmup=plan.warmup,
             timeouts=plan.timeouts,
@@ -109,12 +113,7 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
         environment=described,
         model=_model(plan.graph, digest),
         backend=plan.backend,
-        network=Network(
-            "loopback",
-            None,
-            None,
-            {"rtt_ms": round(1000 * statistics.median(report["round_trip_seconds"]), 4)},
-        ),
+        network=_network(plan.network, report),
         threads_per_party=plan.threads,
         batch_size=plan.batch,
         plaintext=plaintext,
@@ -176,6 +175,19 @@ def _model(graph: Graph, digest: str) -> Model:
         relu_kept=graph.relu_kept,
         relu_layers=sum(graph.kept(node) > 0 for node in graph.relus),
         sha256=digest,
+    )
+
+
+def _network(name: str, report: dict[str, Any]) -> Network:
+    link = parse(name)
+    return Network(
+        name,
+        None if link is None else link.rtt_ms,
+        None if link is None else link.mbps,
+        {
+            "rtt_ms": round(1000 * statistics.median(report["round_trip_seconds"]), 4),
+            "mbps": round(report["megabits"], 1),
+        },
     )
 
 

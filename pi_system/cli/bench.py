@@ -54,7 +54,10 @@ def cli() -> None:
 @click.option(
     "--device", default="cpu", show_default=True, help="Torch device of server and dealer."
 )
-@click.option("--network", default="loopback", show_default=True, help="Link between the parties.")
+@click.option(
+    "--network", default="loopback", show_default=True, metavar="NAME",
+    help="Emulated links: loopback, lan, wan or RTT:MBPS[:LOSS] (ms, Mbit/s, fraction).",
+)  # fmt: skip
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=8.0, show_default=True,
     help="Seconds a party may be silent within a protocol step.",
@@ -102,8 +105,9 @@ def run(
     from ..errors import UsageError
 
     common.check_output(output)
-    if network != "loopback":
-        raise UsageError(f"no network {network!r}: only loopback so far; others are to come")
+    from ..net import link
+
+    link.parse(network)
     if images is not None and images_file is not None:
         raise UsageError("give --images or --images-file, not both")
     from ..backends import base
@@ -131,6 +135,7 @@ def run(
             batch=batch,
             threads=threads,
             device=device,
+            network=network,
             repeat=repeat,
             warmup=warmup,
             timeouts=Timeouts(step=timeout),

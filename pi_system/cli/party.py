@@ -62,6 +62,14 @@ def _party_options(function: F) -> F:
             help="Seconds a peer may be silent in the handshake and the online phase.",
         ),
         click.option(
+            "--network",
+            default="loopback",
+            show_default=True,
+            metavar="NAME",
+            help="Emulate lan, wan or RTT:MBPS[:LOSS] (ms, Mbit/s, fraction); the same on all "
+            "three sides.",
+        ),
+        click.option(
             "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Threads."
         ),
         click.option(
@@ -110,6 +118,7 @@ def server(
     threads: int,
     timeout: float,
     prepare_timeout: float,
+    network: str,
     exit_with_parent: bool,
 ) -> None:
     """Own the model and serve clients, one session after another.
@@ -121,6 +130,7 @@ def server(
       pi-party server --model demo --listen 127.0.0.1:7000 --dealer 127.0.0.1:7001
     """
     _prepare(threads, exit_with_parent)
+    from ..net.link import parse
     from ..parties.address import parse_address
 
     dealer_at = parse_address(dealer)
@@ -140,6 +150,7 @@ def server(
             device=device,
             threads=threads,
             timeouts=_timeouts(timeout, prepare_timeout),
+            link=parse(network),
             log_frames=stats is not None,
         )
         _ready(listener)
@@ -164,6 +175,7 @@ def dealer(
     threads: int,
     timeout: float,
     prepare_timeout: float,
+    network: str,
     exit_with_parent: bool,
 ) -> None:
     """Hand out correlated randomness to pairs of a server and a client.
@@ -177,6 +189,7 @@ def dealer(
     _prepare(threads, exit_with_parent)
     with _listener(listen) as listener:
         from ..backends import base
+        from ..net.link import parse
         from ..parties import dealer as party
         from ..parties.serving import ServingSettings
 
@@ -186,6 +199,7 @@ def dealer(
             device=device,
             threads=threads,
             timeouts=_timeouts(timeout, prepare_timeout),
+            link=parse(network),
             log_frames=stats is not None,
         )
         serving = party.Dealer(listener, settings)
@@ -229,6 +243,7 @@ def client(
     threads: int,
     timeout: float,
     prepare_timeout: float,
+    network: str,
     exit_with_parent: bool,
     format_: str,
     output: Path | None,
@@ -245,6 +260,7 @@ def client(
     _prepare(threads, False)
     common.check_output(output)
     from ..backends import base
+    from ..net.link import parse
     from ..parties.address import parse_address
     from ..parties.classify import classify
     from ..parties.client import ClientSettings
@@ -257,6 +273,7 @@ def client(
         batch=batch,
         threads=threads,
         timeouts=_timeouts(timeout, prepare_timeout),
+        link=parse(network),
     )
     array = _images(images)
     if exit_with_parent:

@@ -44,6 +44,7 @@ from .framing import (
 )
 from .framing import MAX_FRAME as MAX_FRAME
 from .framing import PeerClosed as PeerClosed
+from .link import Link, Shaped
 from .meter import Meter
 
 DEFAULT_TIMEOUT: Final = 8.0
@@ -62,6 +63,8 @@ class Channel:
         peer: what the peer is called in messages and in the log ("server", "client", "dealer").
         meter: counts every frame; shared by the channels of a party.
         timeout: seconds a peer may be silent; ``None`` waits for ever.
+
+    With ``link``, an emulated network lies between the two (see :mod:`.link`); both ends say so.
     """
 
     def __init__(
@@ -71,11 +74,12 @@ class Channel:
         peer: str = "peer",
         meter: Meter | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
+        link: Link | None = None,
     ) -> None:
         self.peer = peer
         self.meter = Meter() if meter is None else meter
         self.timeout = timeout
-        self._socket = sock
+        self._socket = sock if link is None else Shaped(sock, link)
         self._closed = self._failed = False
         self._buffer = bytearray(BUFFER)
         self._start = self._end = 0
@@ -285,6 +289,9 @@ class Channel:
         if left <= 0:
             what = "sent nothing" if reading else "took nothing"
             raise PeerTimeout(f"the {self.peer} {what} within {self.timeout:g} s")
+        if isinstance(self._socket, Shaped):
+            self._socket.wait(reading, writing, left)
+            return
         poll = select.poll()
         poll.register(
             self._socket, (select.POLLIN if reading else 0) | (select.POLLOUT if writing else 0)
@@ -354,6 +361,7 @@ class Listener:
         peer: str = "peer",
         meter: Meter | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
+        link: Link | None = None,
     ) -> Channel:
         """The next connection, waiting up to ``wait`` seconds for it.
 
@@ -365,7 +373,7 @@ class Listener:
             sock, _ = self._socket.accept()
         except TimeoutError as error:
             raise PeerTimeout(f"the {peer} did not connect within {wait:g} s") from error
-        return Channel(sock, peer=peer, meter=meter, timeout=timeout)
+        return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
 
     def close(self) -> None:
         self._socket.close()
@@ -390,6 +398,7 @@ def connect(
     retry_for: float = DEFAULT_TIMEOUT,
     peer: str = "peer",
     meter: Meter | None = None,
+    link: Link | None = None,
 ) -> Channel:
     """Connect to a listening party, retrying for ``retry_for`` seconds while nobody listens.
 
@@ -404,7 +413,7 @@ def connect(
         left = deadline - time.monotonic()
         try:
             sock = socket.create_connection((host, port), timeout=max(left, 0.1))
-            return Channel(sock, peer=peer, meter=meter, timeout=timeout)
+            return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
         except socket.gaierror as error:
             raise UsageError(f"unknown host {host!r} for the {peer}") from error
         except OSError as error:
@@ -418,13 +427,16 @@ def connect(
 
 
 def channel_pair(
-    *, timeout: float | None = DEFAULT_TIMEOUT, names: tuple[str, str] = ("server", "client")
+    *,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    names: tuple[str, str] = ("server", "client"),
+    link: Link | None = None,
 ) -> tuple[Channel, Channel]:
     """Two connected channels, each with a meter, for tests; ``names`` says who holds which."""
     first, second = socket.socketpair()
     return (
-        Channel(first, peer=names[1], timeout=timeout),
-        Channel(second, peer=names[0], timeout=timeout),
+        Channel(first, peer=names[1], timeout=timeout, link=link),
+        Channel(second, peer=names[0], timeout=timeout, link=link),
     )
 
 

@@ -12,10 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .client import Client, ClientSettings
+from .commands import MAX_LOAD
 from .images import normalise
 from .process import peak_memory
 
 _PINGS = 5
+_LOAD = 1 << 20
+"""Bytes sent to measure the bandwidth, at least."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ClientReport:
         metadata: the model's public metadata.
         setup_seconds: from the first connection to the end of the setup phase.
         round_trip_seconds: of a few empty messages.
+        megabits: measured bandwidth from client to server, 10^6 bit/s.
         inferences: without warm-ups.
         meter: see :meth:`Meter.to_json`.
     """
@@ -55,6 +59,7 @@ class ClientReport:
     metadata: dict[str, Any]
     setup_seconds: float
     round_trip_seconds: list[float]
+    megabits: float
     warmup: int
     inferences: list[Inference]
     meter: dict[str, Any]
@@ -91,6 +96,7 @@ def classify(
         client.setup()
         setup_seconds = time.perf_counter() - started
         round_trips = [_timed(client.ping)[0] for _ in range(_PINGS)]
+        megabits = _bandwidth(client, settings, min(round_trips))
         batches = _batches(len(inputs), settings.batch)
         total = warmup + max(repeat, len(batches))
         inferences: list[Inference] = []
@@ -111,11 +117,23 @@ def classify(
         metadata=dict(graph.metadata),
         setup_seconds=setup_seconds,
         round_trip_seconds=round_trips,
+        megabits=megabits,
         warmup=warmup,
         inferences=inferences,
         meter=client.meter.to_json(),
         peak_memory=peak_memory(),
     )
+
+
+def _bandwidth(client: Client, settings: ClientSettings, round_trip: float) -> float:
+    """Of a load that fills the link for several round trips, once the window is open."""
+    link = settings.link
+    size = _LOAD
+    if link is not None:
+        size = min(max(size, int(link.mbps * 500 * link.rtt_ms)), MAX_LOAD)
+    client.load(size)
+    seconds, _ = _timed(partial(client.load, size))
+    return 8e-6 * size / max(seconds - round_trip, 1e-9)
 
 
 def _batches(count: int, batch: int) -> list[tuple[int, ...]]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..backends.base import Backend, Options
 from ..errors import PiError, ProtocolError, UsageError
 from ..net.channel import connect
+from ..net.link import Link
 from ..net.meter import Meter
 from . import commands, handshake
 from .address import Address
@@ -28,6 +29,7 @@ class ClientSettings:
     Attributes:
         batch: images per inference.
         threads: of this party.
+        link: the emulated network on every connection; None for none.
     """
 
     server: Address
@@ -37,6 +39,7 @@ class ClientSettings:
     batch: int = 1
     threads: int = 1
     timeouts: Timeouts = field(default_factory=Timeouts)
+    link: Link | None = None
 
 
 class Client:
@@ -65,7 +68,14 @@ class Client:
         try:
             channels = [
                 self._stack.enter_context(
-                    connect(*address, retry_for=step, timeout=step, peer=peer, meter=self.meter)
+                    connect(
+                        *address,
+                        retry_for=step,
+                        timeout=step,
+                        peer=peer,
+                        meter=self.meter,
+                        link=settings.link,
+                    )
                 )
                 for peer, address in (("dealer", settings.dealer), ("server", settings.server))
             ]
@@ -96,6 +106,12 @@ class Client:
     def ping(self) -> None:
         """One round trip to the server."""
         commands.send(self._server, Command("ping"))
+        commands.await_done(self._server)
+
+    def load(self, size: int) -> None:
+        """Send ``size`` bytes of no meaning and wait until the server has them."""
+        commands.send(self._server, Command("load", size))
+        self._server.send(bytes(size))
         commands.await_done(self._server)
 
     def offline(self, count: int) -> None:

@@ -1,8 +1,8 @@
 """What the client tells the server to do next, one short frame each.
 
-``setup``, ``offline N`` (N inferences), ``online I`` (the I-th inference), ``ping`` and
-``close``. The server answers ``done`` to all but online, whose answer is the backend's, and
-close.
+``setup``, ``offline N`` (N inferences), ``online I`` (the I-th inference), ``ping``, ``load N``
+(a frame of N meaningless bytes follows) and ``close``. The server answers ``done`` to all but
+online, whose answer is the backend's, and close.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from typing import Final, Literal, NamedTuple, cast
 from ..errors import ProtocolError
 from ..net.channel import Channel
 
-Verb = Literal["setup", "offline", "online", "ping", "close"]
+Verb = Literal["setup", "offline", "online", "ping", "load", "close"]
 
 DONE: Final = b"done"
 MAX_OFFLINE: Final = 1_000_000
+MAX_LOAD: Final = 1 << 26
 _LIMIT: Final = 64
-_COMMAND: Final = re.compile(rb"(setup|ping|close)|(offline|online) ([0-9]{1,9})")
+_NUMBERED: Final = ("offline", "online", "load")
+_COMMAND: Final = re.compile(rb"(setup|ping|close)|(offline|online|load) ([0-9]{1,9})")
 
 
 class Command(NamedTuple):
-    """A command and its number: of inferences (offline) or the inference's own (online)."""
+    """A command and its number: of inferences, of the inference (online), of bytes (load)."""
 
     verb: Verb
     number: int = 0
@@ -31,7 +33,7 @@ class Command(NamedTuple):
 def send(channel: Channel, command: Command) -> None:
     """Send a command."""
     verb, number = command
-    channel.send(f"{verb} {number}".encode() if verb in ("offline", "online") else verb.encode())
+    channel.send(f"{verb} {number}".encode() if verb in _NUMBERED else verb.encode())
 
 
 def receive(channel: Channel) -> Command:

@@ -72,6 +72,7 @@ class Dealer:
                     wait=self._patience(),
                     peer="party",
                     timeout=self._settings.timeouts.hello,
+                    link=self._settings.link,
                 )
             except PeerTimeout:
                 continue

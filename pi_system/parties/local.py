@@ -57,6 +57,7 @@ class LocalRun:
         model: as named on the command line.
         images: (N, C, H, W), normalised float32 or uint8.
         threads: per party.
+        network: see :func:`pi_system.net.link.parse`.
         start_timeout: seconds for the parties to load their packages and the model.
     """
 
@@ -66,6 +67,7 @@ class LocalRun:
     batch: int = 1
     threads: int = 1
     device: str = "cpu"
+    network: str = "loopback"
     repeat: int = 1
     warmup: int = 0
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -94,7 +96,7 @@ def run_local(run: LocalRun) -> LocalResult:
         dealer_at, server_at = (f"127.0.0.1:{listener.port}" for listener in listeners)
         common = [
             *("--backend", run.backend, "--threads", str(run.threads)),
-            *("--timeout", str(run.timeouts.step)),
+            *("--timeout", str(run.timeouts.step), "--network", run.network),
             *("--prepare-timeout", str(run.timeouts.prepare), "--exit-with-parent"),
         ]
         serving = ["--once", "--device", run.device, "--stats", "-"]

@@ -49,7 +49,9 @@ def serve_once(listener: Listener, settings: ServerSettings) -> Meter:
     meter = Meter(log=settings.log_frames)
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(
-            listener.accept(peer="client", meter=meter, timeout=settings.timeouts.hello)
+            listener.accept(
+                peer="client", meter=meter, timeout=settings.timeouts.hello, link=settings.link
+            )
         )
         channels = [client]
         try:
@@ -84,6 +86,7 @@ def _session(
             timeout=timeouts.step,
             peer="dealer",
             meter=meter,
+            link=settings.link,
         )
     )
     channels.append(dealer)
@@ -110,6 +113,9 @@ def _session(
             case "close":
                 return
             case "ping":
+                commands.acknowledge(client)
+            case "load":
+                client.recv(min(number, commands.MAX_LOAD))
                 commands.acknowledge(client)
             case "setup":
                 wait(timeouts.prepare)

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from ..backends.base import Backend
 from ..errors import PiError
+from ..net.link import Link
 from .timeouts import Timeouts
 
 
@@ -18,6 +19,7 @@ class ServingSettings:
     Attributes:
         threads: of this party.
         device: torch device of the linear layers.
+        link: the emulated network on every connection; None for none.
         log_frames: keep the log of frames for :class:`Meter`'s readers.
     """
 
@@ -26,6 +28,7 @@ class ServingSettings:
     threads: int = 1
     device: str = "cpu"
     timeouts: Timeouts = field(default_factory=Timeouts)
+    link: Link | None = None
     log_frames: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -117,3 +118,18 @@ def test_a_model_changed_under_the_parties_is_noticed(plan: Measurement, toys: M
     )
     with pytest.raises(IntegrityError, match="not the plaintext one"):
         measure(changed)
+
+
+def test_an_emulated_network_costs_its_round_trips_and_its_bandwidth(plan: Measurement) -> None:
+    near = measure(dataclasses.replace(plan, repeat=2))
+    far = measure(dataclasses.replace(plan, repeat=2, network="40:10"))
+    jsonschema.validate(json.loads(json.dumps(far.to_json())), json_schema())
+    network = far.network
+    assert (network.name, network.rtt_ms, network.mbps) == ("40:10", 40, 10)
+    assert 40 <= network.measured["rtt_ms"] < 60
+    assert 7 < network.measured["mbps"] < 10.5
+    assert far.online.bytes == near.online.bytes
+    assert far.online.round_trips == near.online.round_trips
+    least = 40 * far.online.round_trips + 8e-3 * far.online.bytes.total / 10
+    assert least < far.online.latency_ms.min < least + 60
+    assert near.network.rtt_ms is None and near.network.measured["rtt_ms"] < 20

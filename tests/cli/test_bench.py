@@ -62,7 +62,7 @@ def test_wrong_answers_are_shown_and_end_in_code_4(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--network", "wan"), "only loopback so far"),
+        (("--network", "lte"), "give loopback, lan, wan or RTT:MBPS"),
         (("--backend", "none"), "unknown backend 'none'"),
         (("--model", "nowhere"), "no model 'nowhere'"),
         (("--images-file", "none.npy"), "cannot read none.npy"),
