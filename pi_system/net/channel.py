@@ -23,6 +23,7 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Final
 
@@ -46,6 +47,7 @@ from .framing import MAX_FRAME as MAX_FRAME
 from .framing import PeerClosed as PeerClosed
 from .link import Link, Shaped
 from .meter import Meter
+from .tls import ROLES, Identity, refused
 
 DEFAULT_TIMEOUT: Final = 8.0
 
@@ -228,6 +230,10 @@ class Channel:
                 else:
                     reading = incoming is not None and not incoming.complete
                     self._wait(reading, bool(pending), deadline)
+        except ssl.SSLError as error:
+            self._failed = True
+            self.close()
+            raise refused(error, self.peer) from error
         except (PeerError, RefusedError):
             self._failed = True
             if pending:
@@ -362,17 +368,26 @@ class Listener:
         meter: Meter | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         link: Link | None = None,
+        identity: Identity | None = None,
+        roles: tuple[str, ...] = ROLES,
     ) -> Channel:
         """The next connection, waiting up to ``wait`` seconds for it.
 
+        Args:
+            identity: speak TLS, with peers of ``roles`` only.
+
         Raises:
             PeerTimeout: nobody connected.
+            RefusedError, PeerError: somebody did, but TLS failed.
         """
         self._socket.settimeout(wait)
         try:
             sock, _ = self._socket.accept()
         except TimeoutError as error:
             raise PeerTimeout(f"the {peer} did not connect within {wait:g} s") from error
+        if identity is not None:
+            with _closed_on_failure(sock):
+                sock = identity.accept(sock, roles=roles, seconds=timeout or DEFAULT_TIMEOUT)
         return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
 
     def close(self) -> None:
@@ -399,12 +414,16 @@ def connect(
     peer: str = "peer",
     meter: Meter | None = None,
     link: Link | None = None,
+    identity: Identity | None = None,
 ) -> Channel:
     """Connect to a listening party, retrying for ``retry_for`` seconds while nobody listens.
+
+    With ``identity`` the connection speaks TLS, and the other side must be a ``peer``.
 
     Raises:
         UsageError: the host name is unknown, or the port number no such.
         PeerTimeout: nobody listened in time.
+        RefusedError: TLS failed.
     """
     _check_port(port)
     deadline = time.monotonic() + retry_for
@@ -413,7 +432,7 @@ def connect(
         left = deadline - time.monotonic()
         try:
             sock = socket.create_connection((host, port), timeout=max(left, 0.1))
-            return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
+            break
         except socket.gaierror as error:
             raise UsageError(f"unknown host {host!r} for the {peer}") from error
         except OSError as error:
@@ -424,6 +443,10 @@ def connect(
                 ) from error
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
+    if identity is not None:
+        with _closed_on_failure(sock):
+            sock = identity.connect(sock, role=peer, seconds=timeout or DEFAULT_TIMEOUT)
+    return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
 
 
 def channel_pair(
@@ -438,6 +461,15 @@ def channel_pair(
         Channel(first, peer=names[1], timeout=timeout, link=link),
         Channel(second, peer=names[0], timeout=timeout, link=link),
     )
+
+
+@contextlib.contextmanager
+def _closed_on_failure(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _check_port(port: int) -> None:

@@ -20,6 +20,7 @@ import random
 import re
 import select
 import socket
+import ssl
 import struct
 import time
 from collections import deque
@@ -40,6 +41,7 @@ MIN_TIMEOUT: Final = 0.2
 _CHUNK: Final = 1 << 16
 _STAMP: Final = struct.Struct("<dI")
 _SPIN: Final = 2e-4
+_WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _OWN: Final = re.compile(r"([0-9.]+):([0-9.]+)(?::([0-9.]+))?")
 
 
@@ -178,7 +180,7 @@ class Shaped:
         stamp, self._stamp = self._stamp, b""
         try:
             sent = self._socket.send(stamp + bytes(piece) if stamp else piece)
-        except BlockingIOError:
+        except _WOULD_BLOCK:
             self._stamp = stamp
             raise
         if sent < len(stamp):
@@ -229,7 +231,7 @@ class Shaped:
         while not self._ended:
             try:
                 data = self._socket.recv(4 * _CHUNK)
-            except BlockingIOError:
+            except _WOULD_BLOCK:
                 break
             self._ended = not data
             self._raw += data
