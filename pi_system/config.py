@@ -62,8 +62,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        (hint,) = (option for option in options if option is not type(None))
-        return _convert(value, hint, where)
+        hints = [option for option in options if option is not type(None)]
+        fitting = [option for option in hints if type(value) is option]
+        return _convert(value, (fitting or hints)[0], where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UsageError(f"{where}: expected a table")

@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from ..graph.ir import Graph, Node
-from ..net.meter import Event, Labels, events_from_json, seconds_from_json
+from ..net.meter import (
+    Event,
+    Labels,
+    Phase,
+    Work,
+    events_from_json,
+    seconds_from_json,
+    work_from_json,
+)
 from .rounds import round_trips
 from .schema import Layer, OnlineTraffic, Traffic
+
+WorkSeconds = dict[tuple[Phase, int, Work], float]
+"""Of :func:`work_from_json`."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class Logs:
     client: list[Event]
     server_seconds: dict[Labels, float]
     client_seconds: dict[Labels, float]
+    server_work: WorkSeconds
+    client_work: WorkSeconds
 
     @classmethod
     def of(cls, server: dict[str, Any], client: dict[str, Any]) -> Self:
@@ -33,6 +46,8 @@ class Logs:
             events_from_json(client),
             seconds_from_json(server),
             seconds_from_json(client),
+            work_from_json(server),
+            work_from_json(client),
         )
 
     def phase(self, phase: str, inferences: Sequence[int] | None = None) -> Traffic:
@@ -46,6 +61,14 @@ class Logs:
         """Of one inference between server and client."""
         logs = {"server": self.server, "client": self.client}
         return round_trips({role: _online(log, inference) for role, log in logs.items()})
+
+    def work(self, inferences: Sequence[int]) -> dict[str, dict[str, float]]:
+        """Milliseconds of an inference online by party and kind of work, as far as the backend
+        tells them apart."""
+        return {
+            role: _by_kind(work, inferences)
+            for role, work in (("server", self.server_work), ("client", self.client_work))
+        }
 
     def layers(self, graph: Graph, inferences: Sequence[int]) -> list[Layer]:
         """Every layer that sent or received anything online or took time, and all ReLU layers."""
@@ -103,6 +126,16 @@ def _bytes(events: Iterable[Event], peer: str, direction: str) -> int:
 
 def _median(values: Iterable[int]) -> int:
     return round(statistics.median(values))
+
+
+def _by_kind(work: WorkSeconds, inferences: Sequence[int]) -> dict[str, float]:
+    kinds = dict.fromkeys(kind for phase, _, kind in work if phase == "online")
+    return {
+        kind: round(
+            1000 * statistics.median(work.get(("online", n, kind), 0.0) for n in inferences), 4
+        )
+        for kind in kinds
+    }
 
 
 def _milliseconds(

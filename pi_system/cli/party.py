@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from ..backends import DEFAULT
 from . import common
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _party_options(function: F) -> F:
         ),
         click.option(
             "--backend",
-            default="crypten",
+            default=DEFAULT,
             show_default=True,
             help="Backend; the same on all three sides.",
         ),

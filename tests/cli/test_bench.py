@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -84,6 +85,90 @@ def test_images_of_a_wrong_shape_are_refused(
     np.save(tmp_path / "x.npy", np.zeros((1, 1, 8, 8), np.float32))
     code, _, err = run("--images-file", str(tmp_path / "x.npy"))
     assert code == 2 and "(1, 1, 8, 8)" in err
+
+
+def test_fss_is_the_default_backend(
+    parties: Callable[[], dict[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "random:resnet10w2@0", "--repeat", "2", "--format", "json"]
+    assert common.run(bench.cli, ["run", *arguments]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["backend"] == "fss"
+    # Without a ReLU, the image goes out and the logits come back.
+    assert data["model"]["relu_kept"] == 0 and data["online"]["round_trips"] == 1
+
+
+def test_compare_prints_each_format_and_judges_the_answers(
+    parties: Callable[[], dict[str, int]],
+    toy_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(*contenders: str, format_: str) -> tuple[int, str, str]:
+        names = [word for name in contenders for word in ("--contender", f"toy_backends:{name}")]
+        arguments = ["--model", str(toy_model), "--rounds", "1", "--repeat", "1", *names]
+        code = common.run(bench.cli, ["compare", *arguments, "--format", format_])
+        return code, *capsys.readouterr()
+
+    code, out, err = command("Plain", "Absent", format_="json")
+    assert code == 0
+    data = json.loads(out)
+    jsonschema.validate(data, json_schema("compare"))
+    assert [one["not_run"] is None for one in data["contenders"]] == [True, False]
+    assert all(line.startswith("unstable: ") for line in err.splitlines())
+
+    code, out, err = command("Wrong", format_="csv")
+    assert code == 4 and err.splitlines()[-1].startswith("error: toy_backends:Wrong: ")
+    (row,) = csv.DictReader(out.splitlines())
+    assert row["name"] == "toy_backends:Wrong" and float(row["online.latency_ms.median"]) > 0
+
+    code, out, err = command("Plain", format_="table")
+    assert code == 0 and "plaintext" in out and "unstable: " in out and err == ""
+
+
+def test_sweep_writes_its_table_and_says_what_failed(
+    parties: Callable[[], dict[str, int]],
+    toy_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scenario, output = tmp_path / "x.toml", tmp_path / "out.csv"
+    scenario.write_text(
+        f'[[grid]]\nmodels = ["{toy_model}"]\nrepeat = 1\n'
+        'backends = ["toy_backends:Plain", "toy_backends:Absent"]\n'
+    )
+    code = common.run(bench.cli, ["sweep", str(scenario), "--output", str(output)])
+    out, err = capsys.readouterr()
+    first, failed, error = err.splitlines()
+    assert code == 2 and "network loopback" in out
+    assert first == "1 measured, 0 were there"
+    assert failed.startswith("not measured: ") and "no 'Absent'" in failed
+    assert error.startswith("error: ") and "no 'Absent'" in error
+    (row,) = csv.DictReader(output.read_text().splitlines())
+    assert row["backend"] == "toy_backends:Plain"
+
+    output.write_bytes(output.read_bytes()[:-2])
+    code = common.run(bench.cli, ["sweep", str(scenario), "--output", str(output)])
+    assert code == 6 and "its last line is cut off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("compare", "--contender", "none"), "unknown backend 'none'"),
+        (("compare", "--network", "moon"), "no network 'moon'"),
+        (("compare", "--output", "none/x.json"), "there is no folder none"),
+        (("sweep", "none.toml", "--output", "x.csv"), "cannot read none.toml"),
+        (("sweep", "none.toml", "--output", "none/x.csv"), "there is no folder none"),
+        (("sweep", "none.toml"), "Missing option '--output'"),
+    ],
+)
+def test_compare_and_sweep_refuse_bad_input_at_once(
+    arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert common.run(bench.cli, list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and text in err
 
 
 def test_env_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
