@@ -163,10 +163,11 @@ def growth_row(row: Mapping[str, Any]) -> Row:
 
 
 def growth_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Least-squares lines through bytes and latency against ReLUs times batch, and how far the
-    worst row is off; nothing where there are fewer than three different ones."""
-    gates = np.array([int(row["model.relu_kept"]) * int(row["batch_size"]) for row in rows])
-    if len(set(gates.tolist())) < 3 or len({str(row["batch_size"]) for row in rows}) > 1:
+    """Least-squares lines through bytes and latency against ReLUs, and how far the worst row is
+    off; nothing unless three rows or more differ in the ReLUs alone."""
+    relus = [int(row["model.relu_kept"]) for row in rows]
+    others = {tuple(str(row[key]) for key in ("batch_size", "network.name")) for row in rows}
+    if len(set(relus)) < 3 or len(others) > 1:
         return []
     figures: list[tuple[str, Callable[[Mapping[str, Any]], float], str]] = [
         ("Online bytes", lambda row: float(_bytes(row, "online")), "B"),
@@ -176,8 +177,8 @@ def growth_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     for name, figure, unit in figures:
         values = np.array([figure(row) for row in rows])
-        slope, constant = np.polyfit(gates, values, 1)
-        off = np.abs(slope * gates + constant - values) / values
+        slope, constant = np.polyfit(relus, values, 1)
+        off = np.abs(slope * np.array(relus) + constant - values) / values
         notes.append(
             f"- {name}: {constant:,.0f} {unit} + {slope:.3g} {unit} per ReLU; no row is further "
             f"than {off.max():.0%} from this line."
@@ -186,7 +187,7 @@ def growth_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(columns: Row, rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
-    """A Markdown table, and notes below it. Columns that are the same in all rows stay."""
+    """A Markdown table, and notes below it."""
     lines = [columns, tuple("---" for _ in columns), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([table, *(["", *notes] if notes else [])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import runpy
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from pi_system.bench.schema import Comparison, Latency, Offline, Traffic, json_s
 from pi_system.errors import ParityError, PeerError, PiError, UsageError
 from pi_system.models import resolve
 
+TABLES = Path(__file__).resolve().parents[2] / "benchmarks" / "tables.py"
 PLAIN, ALL, WRONG, BUGGY = (
     f"toy_backends:{name}" for name in ("Plain", "Plain-all", "Wrong", "Buggy")
 )
@@ -72,6 +74,7 @@ def test_contenders_side_by_side(plan: Plan) -> None:
 
     check_ratios(data)
     check_table(comparison)
+    check_markdown(data)
 
 
 def check_ratios(data: dict[str, Any]) -> None:
@@ -130,6 +133,20 @@ def check_table(comparison: Comparison) -> None:
         f"{PLAIN}: 12 of 12 answers as in plaintext",
     ):  # fmt: skip
         assert words in text
+
+
+def check_markdown(data: dict[str, Any]) -> None:
+    tables: Any = runpy.run_path(str(TABLES))
+    slow, fast = sorted(data["ratios"][:2], key=lambda r: -r["online_latency"]["median"])
+    rows = tables["compare_rows"](data)
+    assert [row[1] for row in rows] == ["plaintext", slow["contender"], fast["contender"]]
+    assert all(len(row) == len(tables["COMPARE"]) for row in rows)
+    assert {row[2] for row in rows} == {"256", "512"}
+    for row, ratio in zip(rows[1:], (slow, fast), strict=True):
+        assert row[4].startswith(f"{ratio['online_latency']['median']:.3g} (")
+    first, second = tables["compare_notes"](data)
+    assert first.startswith(f"- toy, {ALL} over {PLAIN}: ") and "in 2 rounds" in first
+    assert second.startswith(f"- toy, {BUGGY} was not run: ")
 
 
 def test_the_schema_refuses_a_contender_half_run(plan: Plan) -> None:

@@ -87,15 +87,21 @@ def test_images_of_a_wrong_shape_are_refused(
     assert code == 2 and "(1, 1, 8, 8)" in err
 
 
-def test_fss_is_the_default_backend(
-    parties: Callable[[], dict[str, int]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("relus", [0, 100])
+def test_fss_is_the_default_backend_and_tells_where_the_time_goes(
+    parties: Callable[[], dict[str, int]], capsys: pytest.CaptureFixture[str], relus: int
 ) -> None:
-    arguments = ["--model", "random:resnet10w2@0", "--repeat", "2", "--format", "json"]
-    assert common.run(bench.cli, ["run", *arguments]) == 0
+    arguments = ["--model", f"random:resnet10w2@{relus}", "--repeat", "3", "--format", "json"]
+    assert common.run(bench.cli, ["run", *arguments, "--tolerance", "0.5"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["backend"] == "fss"
-    # Without a ReLU, the image goes out and the logits come back.
-    assert data["model"]["relu_kept"] == 0 and data["online"]["round_trips"] == 1
+    jsonschema.validate(data, json_schema())
+    online = data["online"]
+    assert data["backend"] == "fss" and data["model"]["relu_kept"] == relus
+    if not relus:  # the image goes out and the logits come back
+        assert online["round_trips"] == 1
+    work = online["work_ms"]["server"]
+    assert set(work) == {"linear", "local", "wait"} | ({"gates"} if relus else set())
+    assert 0 < sum(work.values()) < 1.1 * online["latency_ms"]["max"]
 
 
 def test_compare_prints_each_format_and_judges_the_answers(
