@@ -80,16 +80,18 @@ def compare(
         for number in range(plan.rounds):
             for place in range(len(entries)):
                 entry = entries[(number + place) % len(entries)]
+                if entry.failure is not None:
+                    continue
                 done = number * len(entries) + place
                 progress(f"round {number + 1}, {entry.name}", done, plan.rounds * len(entries))
                 timer.run(PLAINTEXT_REPEAT)
                 entry.run()
+            failures = [entry.failure for entry in entries if entry.failure is not None]
+            if failures and len(failures) == len(entries):
+                raise failures[0]
             timer.run(PLAINTEXT_REPEAT)
             ends.append(len(timer.blocks()))
     ran = [entry for entry in entries if entry.failure is None]
-    failures = [entry.failure for entry in entries if entry.failure is not None]
-    if failures and not ran:
-        raise failures[0]
     rounds = [_round(block, ran, number) for number, block in enumerate(_cut(timer.blocks(), ends))]
     results = [entry.result() for entry in entries]
     measured = [seen.measured for entry in ran for seen in entry.seen]

@@ -69,9 +69,7 @@ class Entry:
     inferences: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> None:
-        """One more session, unless one has failed."""
-        if self.failure is not None:
-            return
+        """One more session; if it fails, let it be the last."""
         try:
             local = run_local(self.plan.session())
             self.seen.append(Observation.of(self.plan.graph, local))

@@ -20,7 +20,7 @@ from rich.console import Console
 from pi_system.bench import contenders
 from pi_system.bench.compare import Plan, check_answers, compare
 from pi_system.bench.comparison_table import print_comparison
-from pi_system.bench.contenders import Entry, with_all_relus
+from pi_system.bench.contenders import with_all_relus
 from pi_system.bench.observation import Observation, combine
 from pi_system.bench.schema import Comparison, Latency, Offline, Traffic, json_schema
 from pi_system.errors import ParityError, PeerError, PiError, UsageError
@@ -44,14 +44,10 @@ def test_contenders_side_by_side(plan: Plan) -> None:
     data: dict[str, Any] = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
     jsonschema.validate(data, SCHEMA)
 
-    # Every round starts with another contender.
+    # Every round starts with another contender; who has failed is left out.
     names = [PLAIN, BUGGY, ALL]
-    assert [text for text, _, _ in steps] == [
-        f"round {n + 1}, {name}"
-        for n, order in enumerate((names, [BUGGY, ALL, PLAIN]))
-        for name in order
-    ]
-    assert [(done, total) for _, done, total in steps] == [(done, 6) for done in range(6)]
+    rounds = [(1, PLAIN, 0), (1, BUGGY, 1), (1, ALL, 2), (2, ALL, 4), (2, PLAIN, 5)]
+    assert steps == [(f"round {number}, {name}", done, 6) for number, name, done in rounds]
 
     by_name = {one["name"]: one for one in data["contenders"]}
     assert list(by_name) == names
@@ -180,9 +176,9 @@ def test_nobody_could_run(plan: Plan) -> None:
 
 
 def test_plaintext_alone(plan: Plan) -> None:
-    data = compare(dataclasses.replace(plan, contenders=("plaintext",))).to_json()
+    data = compare(dataclasses.replace(plan, contenders=("plaintext",), rounds=1)).to_json()
     jsonschema.validate(data, SCHEMA)
-    assert [len(one["plaintext_ms"]) for one in data["rounds"]] == [10, 10]
+    assert [len(one["plaintext_ms"]) for one in data["rounds"]] == [10]
 
 
 @pytest.mark.parametrize(
@@ -199,23 +195,27 @@ def test_what_does_not_exist_is_refused_at_once(change: dict[str, Any], text: st
         compare(plan)
 
 
-def test_a_contender_that_fails_later_says_when_and_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, plan: Plan, toys: ModuleType
+def test_a_contender_that_fails_later_says_when(
+    monkeypatch: pytest.MonkeyPatch, plan: Plan
 ) -> None:
-    graph = toys.toy_graph()
-    entry = Entry("x", contenders.Measurement("", graph, "", np.zeros(1)), np.zeros((1, 10)))
-    calls = []
+    sessions = []
+    run_local = contenders.run_local
 
-    def fail(session: Any) -> None:
-        calls.append(session)
-        raise PeerError("gone")
+    def fail_in_round_2(session: Any) -> Any:
+        sessions.append(session)
+        if len(sessions) == 3:
+            raise PeerError("gone")
+        return run_local(session)
 
-    monkeypatch.setattr(contenders, "run_local", fail)
-    entry.seen.append(None)  # type: ignore[arg-type]
-    entry.run()
-    entry.run()
-    assert len(calls) == 1
-    assert entry.result().not_run == "failed in round 2: gone" and entry.result().online is None
+    monkeypatch.setattr(contenders, "run_local", fail_in_round_2)
+    plan = dataclasses.replace(plan, contenders=(PLAIN, ALL), rounds=2, repeat=1)
+    data = compare(plan).to_json()
+    jsonschema.validate(data, SCHEMA)
+    plain, whole = data["contenders"]
+    assert plain["not_run"] is None
+    assert whole["not_run"] == "failed in round 2: gone" and whole["online"] is None
+    assert all(list(one["online_ms"]) == [PLAIN] for one in data["rounds"])
+    assert len(data["ratios"]) == 1
 
 
 @pytest.mark.parametrize(

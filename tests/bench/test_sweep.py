@@ -217,6 +217,8 @@ def test_a_row_is_known_by_what_was_measured_alone(whole: Path) -> None:
         {"online": online},
     ):
         sheet.append(result(**change))
+        with pytest.raises(ValueError, match="is there already"):
+            sheet.append(result(**change))
     assert len(Sheet(whole)) == 7
     assert [int(row["batch_size"]) for row in Sheet(whole).tidy_rows()] == [1, 2, 1, 1, 1, 1, 1]
 
