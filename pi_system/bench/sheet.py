@@ -103,7 +103,7 @@ class Sheet:
             rows = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[
                 self.path.suffix
             ](data)
-        except (ValueError, OSError) as error:  # pandas and pyarrow derive theirs from these
+        except (ValueError, OSError, KeyError, TypeError) as error:  # as pandas and pyarrow do
             raise self._damaged(" ".join(str(error).split())) from error
         if not rows:
             raise self._damaged("it has no rows")
@@ -120,7 +120,7 @@ class Sheet:
             text: str = frame.to_csv(index=False, lineterminator="\n")
             return text.encode()
         buffer = io.BytesIO()
-        pd.DataFrame(rows).convert_dtypes().to_parquet(buffer)
+        pd.DataFrame(rows).convert_dtypes().to_parquet(buffer, write_page_checksum=True)
         return buffer.getvalue()
 
     def _damaged(self, why: str) -> IntegrityError:
@@ -189,7 +189,7 @@ def _read_csv(data: bytes) -> list[dict[str, Any]]:
 def _read_parquet(data: bytes) -> list[dict[str, Any]]:
     import pandas as pd
 
-    return _records(pd.read_parquet(io.BytesIO(data)))
+    return _records(pd.read_parquet(io.BytesIO(data), page_checksum_verification=True))
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
