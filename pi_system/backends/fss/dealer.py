@@ -10,9 +10,9 @@ from ...net.channel import Channel
 from ...net.framing import PeerClosed
 from ..base import Options
 from . import offline, packing, prg
-from .linear import RingConv
 from .masks import Bundle
 from .public import Public, agree, receive_graph
+from .wide import WideConv, to_panels
 
 MAX_COUNT = 1 << 20
 
@@ -34,7 +34,7 @@ class Dealer:
         except PeerClosed:
             return
 
-    def _receive_weights(self, public: Public) -> dict[str, RingConv]:
+    def _receive_weights(self, public: Public) -> dict[str, WideConv]:
         blinded = {}
         for op in public.lowered.convs:
             n = public.plan.convs[op.out].n
@@ -42,12 +42,12 @@ class Dealer:
             for side in op.weight_shape:
                 count *= side
             words = packing.unpack(self._server.recv(packing.size(count, n)), count, n)
-            weight = words.reshape(op.weight_shape)
+            weight = to_panels(op, words.reshape(op.weight_shape))
             source = public.lowered.shapes[op.source]
-            blinded[op.out] = RingConv(op, source, weight, n)
+            blinded[op.out] = WideConv(op, source, weight, n)
         return blinded
 
-    def _serve(self, public: Public, blinded: dict[str, RingConv]) -> None:
+    def _serve(self, public: Public, blinded: dict[str, WideConv]) -> None:
         """One offline phase."""
         request = self._client.recv_json()
         if not isinstance(request, dict) or not isinstance(request.get("count"), int):

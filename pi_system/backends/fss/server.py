@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ...errors import ProtocolError, RefusedError
@@ -19,6 +21,7 @@ from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
 from .store import Store
+from .wide import from_panels, panel_shape
 
 PLAN_KEY = "fss_plan"
 
@@ -57,7 +60,8 @@ class Server:
             source = lowered.shapes[op.source]
             self._convs[op.out] = RingConv(op, source, weight, planned.n, bits)
             self._bias[op.out] = bias.reshape(-1, 1, 1)
-            blinded = weight - blinding(seed, public.model, op)
+            b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
+            blinded = weight - from_panels(op, b)
             self._dealer.send(packing.pack(blinded, planned.n))
         self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
         agree(self._client.recv_json(), public, "client")
