@@ -12,13 +12,13 @@ import numpy as np
 
 from ...net.channel import Channel
 from . import masks, packing, prg, relu
+from .device import Product
 from .masks import Bundle, GateMasks, LinearMasks
 from .material import ClientMaterial, ServerMaterial
 from .prg import Stream
 from .program import Conv, Relu
 from .public import Public
 from .ring import Words
-from .wide import WideConv
 
 
 def receive(
@@ -50,7 +50,7 @@ def receive(
 
 
 def make(
-    public: Public, b: Mapping[str, WideConv], inference: int, server: Channel, dealer: Channel
+    public: Public, b: Mapping[str, Product], inference: int, server: Channel, dealer: Channel
 ) -> ClientMaterial:
     """The client's part.
 
@@ -80,7 +80,7 @@ def make(
 
 def deal(
     public: Public,
-    blinded: Mapping[str, WideConv],
+    blinded: Mapping[str, Product],
     bundle: Bundle,
     server: Channel,
     client: Channel,

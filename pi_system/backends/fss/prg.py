@@ -63,7 +63,7 @@ class Stream:
     def words(self, count: int) -> Words:
         """The next ``count`` words, uniform on Z/2^64."""
         out = np.zeros(count, "<u8")
-        raw = out.view(np.uint8)
+        raw = out.view(np.uint8).data
         self._cipher.update_into(raw, raw)
         return out.astype(np.uint64, copy=False)
 

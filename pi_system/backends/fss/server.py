@@ -10,7 +10,7 @@ from ...errors import ProtocolError, RefusedError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import offline, packing, plan, prg, program, weights
+from . import device, offline, packing, plan, prg, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
@@ -58,7 +58,8 @@ class Server:
             weight, bias = weights.fixed(graph, op, chosen.f_x, planned.f_w)
             bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
             source = lowered.shapes[op.source]
-            self._convs[op.out] = RingConv(op, source, weight, planned.n, bits)
+            where = self._options.device
+            self._convs[op.out] = device.narrow(where, op, source, weight, planned.n, bits)
             self._bias[op.out] = bias.reshape(-1, 1, 1)
             b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
             blinded = weight - from_panels(op, b)
