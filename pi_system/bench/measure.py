@@ -121,6 +121,7 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
         offline=Offline(
             Latency.of(inference["offline_seconds"] for inference in inferences),
             logs.phase("offline", numbers),
+            **logs.offline_parts(plan.graph, plan.batch, numbers),
         ),
         online=Online(
             latency_ms=online,

@@ -56,14 +56,15 @@ class Server:
         for op in lowered.convs:
             planned = chosen.convs[op.out]
             weight, bias = weights.fixed(graph, op, chosen.f_x, planned.f_w)
+            b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
+            blinded = weight - from_panels(op, b)
+            # First, so that the dealer works while this side prepares its own kernel.
+            self._dealer.send(packing.pack(blinded, planned.n))
             bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
             source = lowered.shapes[op.source]
             where = self._options.device
             self._convs[op.out] = device.narrow(where, op, source, weight, planned.n, bits)
             self._bias[op.out] = bias.reshape(-1, 1, 1)
-            b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
-            blinded = weight - from_panels(op, b)
-            self._dealer.send(packing.pack(blinded, planned.n))
         self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
         agree(self._client.recv_json(), public, "client")
         self._public = public
