@@ -58,7 +58,10 @@ GROWTH = (
     "round trips",
     "offline ms",
     "offline MB",
+    "B per ReLU to client / server",
 )
+WORK = ("linear", "gates", "local", "wait")
+PARTIES = ("client", "server")
 NAMES = {
     "fss": "fss",
     "fss-all": "fss, all ReLUs",
@@ -144,9 +147,9 @@ def growth_row(row: Mapping[str, Any]) -> Row:
     """The cells of one tidy row of ``pi-bench sweep``."""
     online = float(row["online.latency_ms.median"])
 
-    def work(kind: str) -> str:
-        cell = row.get(f"online.work_ms.server.{kind}")
-        return "" if cell in (None, "") else f"{float(cell):.2f}"
+    def cell(key: str, digits: int) -> str:
+        value = row.get(key)
+        return "" if value in (None, "") else f"{float(value):.{digits}f}"
 
     return (
         f"{int(row['model.relu_kept']):,}",
@@ -154,11 +157,12 @@ def growth_row(row: Mapping[str, Any]) -> Row:
         str(row["network.name"]),
         f"{online:,.1f} ({float(row['online.latency_ms.min']):,.1f})",
         f"{online / float(row['plaintext.latency_ms.median']):.3g}",
-        *(work(kind) for kind in ("linear", "gates", "local", "wait")),
+        *(cell(f"online.work_ms.server.{kind}", 2) for kind in WORK),
         f"{_bytes(row, 'online') / 1e3:,.0f}",
         f"{float(row['online.round_trips']):g}",
         f"{float(row['offline.latency_ms.median']):,.0f}",
         f"{_bytes(row, 'offline') / 1e6:,.2f}",
+        " / ".join(cell(f"offline.bytes_per_relu.dealer_to_{to}", 0) for to in PARTIES),
     )
 
 

@@ -52,6 +52,7 @@ class Observation:
             offline=Offline(
                 Latency.of(inference["offline_seconds"] for inference in inferences),
                 logs.phase("offline", numbers),
+                **logs.offline_parts(graph, report["batch"], numbers),
             ),
             online=Online(
                 latency_ms=Latency.of(inference["online_seconds"] for inference in inferences),

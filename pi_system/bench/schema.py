@@ -122,8 +122,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Offline:
+    """``relu_bytes`` and ``linear_bytes`` are the parts of ``bytes`` that are material of ReLUs
+    and shares of linear layers, ``bytes_per_relu`` the former per kept ReLU from dealer to client
+    and to server; null where the backend does not mark them.
+    """
+
     latency_ms: Latency
     bytes: Traffic
+    relu_bytes: Traffic | None = None
+    linear_bytes: Traffic | None = None
+    bytes_per_relu: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,29 @@ class Logs:
             work_from_json(client),
         )
 
-    def phase(self, phase: str, inferences: Sequence[int] | None = None) -> Traffic:
+    def phase(
+        self, phase: str, inferences: Sequence[int] | None = None, layer: str | None = None
+    ) -> Traffic:
         """Bytes of a phase by direction; per inference (the median) if inferences are named."""
         if inferences is None:
-            return Traffic(**self._directions(phase, None))
-        each = [self._directions(phase, number) for number in inferences]
+            return Traffic(**self._directions(phase, None, layer))
+        each = [self._directions(phase, number, layer) for number in inferences]
         return Traffic(**{key: _median(one[key] for one in each) for key in each[0]})
+
+    def offline_parts(self, graph: Graph, batch: int, inferences: Sequence[int]) -> dict[str, Any]:
+        """What :class:`~pi_system.bench.schema.Offline` says of ReLUs and linear layers."""
+        marks = {event.layer for event in self.client if event.phase == "offline"}
+        if not {"gates", "linear"} & marks:
+            return {}
+        gates, linear = (
+            self.phase("offline", inferences, layer=mark) for mark in ("gates", "linear")
+        )
+        kept = batch * graph.relu_kept
+        per = {
+            way: round(getattr(gates, way) / kept, 2) if kept else 0.0
+            for way in ("dealer_to_client", "dealer_to_server")
+        }
+        return {"relu_bytes": gates, "linear_bytes": linear, "bytes_per_relu": per}
 
     def online_round_trips(self, inference: int) -> float:
         """Of one inference between server and client."""
@@ -101,9 +118,17 @@ class Logs:
             },
         )
 
-    def _directions(self, phase: str, inference: int | None) -> dict[str, int]:
+    def _directions(
+        self, phase: str, inference: int | None, layer: str | None = None
+    ) -> dict[str, int]:
         server, client = (
-            [e for e in log if e.phase == phase and inference in (None, e.inference)]
+            [
+                e
+                for e in log
+                if e.phase == phase
+                and inference in (None, e.inference)
+                and layer in (None, e.layer)
+            ]
             for log in (self.server, self.client)
         )
         return {

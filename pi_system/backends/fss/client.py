@@ -13,11 +13,11 @@ from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
 from . import masks, offline, online, prg
-from .linear import RingConv
 from .material import ClientMaterial
 from .public import MAX_RETRIES, Public, receive_plan
 from .ring import Words, decode, encode
 from .store import Store
+from .wide import WideConv
 
 
 class Client:
@@ -29,7 +29,7 @@ class Client:
         self._dealer = dealer
         self._options = options
         self._store: Store[ClientMaterial] = Store()
-        self._b: dict[str, RingConv] = {}
+        self._b: dict[str, WideConv] = {}
         self._public: Public | None = None
 
     def setup(self) -> None:
@@ -39,9 +39,8 @@ class Client:
             raise ProtocolError("the server sent no seed")
         for op in public.lowered.convs:
             b = masks.blinding(seed, public.model, op)
-            n = public.plan.convs[op.out].n
             source = public.lowered.shapes[op.source]
-            self._b[op.out] = RingConv(op, source, b, n)
+            self._b[op.out] = WideConv(op, source, b, public.plan.convs[op.out].n)
         self._server.send_json(public.digest)
         self._public = public
 

@@ -6,6 +6,7 @@ from ...errors import UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
+from . import device
 from .client import Client
 from .dealer import Dealer
 from .server import Server
@@ -14,8 +15,8 @@ from .server import Server
 class FssBackend:
     """One round trip per ReLU layer, and none for linearized positions.
 
-    Every session runs on one thread of the CPU; the options' ``threads`` and ``device`` may ask
-    for nothing else.
+    Every session runs on one thread; the options' ``threads`` may ask for nothing else. Server
+    and dealer can compute their linear layers on another device (see :mod:`device`).
     """
 
     name = "fss"
@@ -37,9 +38,8 @@ def _check(options: Options) -> None:
     """Refuse what would be ignored, and recorded in results as if it had not been.
 
     Raises:
-        UsageError: several threads, or another device than the CPU.
+        UsageError: several threads, or a device that is not there.
     """
     if options.threads != 1:
         raise UsageError(f"the fss backend runs on one thread, not {options.threads}: --threads 1")
-    if options.device != "cpu":
-        raise UsageError(f"the fss backend has no device {options.device!r}: use --device cpu")
+    device.check(options.device)

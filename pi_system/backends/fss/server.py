@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ...errors import ProtocolError, RefusedError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import offline, packing, plan, prg, program, weights
+from . import device, offline, packing, plan, prg, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
@@ -19,6 +21,7 @@ from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
 from .store import Store
+from .wide import from_panels, panel_shape
 
 PLAN_KEY = "fss_plan"
 
@@ -53,12 +56,15 @@ class Server:
         for op in lowered.convs:
             planned = chosen.convs[op.out]
             weight, bias = weights.fixed(graph, op, chosen.f_x, planned.f_w)
+            b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
+            blinded = weight - from_panels(op, b)
+            # First, so that the dealer works while this side prepares its own kernel.
+            self._dealer.send(packing.pack(blinded, planned.n))
             bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
             source = lowered.shapes[op.source]
-            self._convs[op.out] = RingConv(op, source, weight, planned.n, bits)
+            where = self._options.device
+            self._convs[op.out] = device.narrow(where, op, source, weight, planned.n, bits)
             self._bias[op.out] = bias.reshape(-1, 1, 1)
-            blinded = weight - blinding(seed, public.model, op)
-            self._dealer.send(packing.pack(blinded, planned.n))
         self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
         agree(self._client.recv_json(), public, "client")
         self._public = public

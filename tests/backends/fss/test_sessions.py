@@ -90,6 +90,39 @@ def test_online_bytes_and_round_trips(keep: float) -> None:
     assert {event.peer for event in events} == {"server"}
 
 
+def test_offline_bytes_are_those_of_the_protocol() -> None:
+    """Section 3's table, by what they are for: gates and linear layers, and a seed."""
+    graph, plan = planned(residual(keep=0.5))
+    batch = 2
+    with Sessions(graph, Options(batch=batch)) as sessions:
+        meters = sessions.at_client.meter, sessions.at_server.meter
+        with meters[0].in_phase("offline"), meters[1].in_phase("offline"):
+            sessions.offline(1)
+        client, server = ([e for e in meter.events if e.phase == "offline"] for meter in meters)
+
+    def total(log: list[Any], mark: str, peer: str, direction: str) -> int:
+        return sum(
+            e.bytes for e in log if (e.layer, e.peer, e.direction) == (mark, peer, direction)
+        )
+
+    lowered = program.build(graph)
+    shares = sum(4 + packing.size(batch * op.size, plan.convs[op.out].n) for op in lowered.convs)
+    corrections = server_side = 0
+    for op in lowered.relus:
+        width, count = plan.gates[op.out], batch * len(op.kept)
+        corrections += 4 + 16 * width.blocks * count
+        bits = (width.k, 1, *[width.n] * 3, *[max(width.n - width.k, 0)] * 2)
+        server_side += 4 + 16 * (width.blocks + 1) * count
+        server_side += sum(packing.size(count, size) for size in bits)
+    assert total(client, "linear", "server", "sent") == shares
+    assert total(server, "linear", "client", "received") == shares
+    assert total(server, "linear", "dealer", "received") == shares
+    assert total(client, "gates", "dealer", "received") == corrections
+    assert total(server, "gates", "dealer", "received") == server_side
+    assert total(client, "", "dealer", "sent") < 200  # the request and a seed
+    assert {e.layer for e in client + server} == {"", "gates", "linear"}
+
+
 def test_rings_shrink_where_every_position_is_kept() -> None:
     _, full = planned(residual(keep=1.0))
     _, partial = planned(residual(keep=0.5))
