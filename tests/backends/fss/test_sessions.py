@@ -96,6 +96,7 @@ def test_offline_bytes_are_those_of_the_protocol() -> None:
     batch = 2
     with Sessions(graph, Options(batch=batch)) as sessions:
         meters = sessions.at_client.meter, sessions.at_server.meter
+        sessions.client_dealer.meter, sessions.server_dealer.meter = meters
         with meters[0].in_phase("offline"), meters[1].in_phase("offline"):
             sessions.offline(1)
         client, server = ([e for e in meter.events if e.phase == "offline"] for meter in meters)
