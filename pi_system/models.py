@@ -6,6 +6,8 @@ Torch is imported only where a model is traced: an exported one needs none.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,8 @@ RANDOM_CLASSES: Final = 100
 RANDOM_INPUT: Final = (3, 32, 32)
 _SEED: Final = 20230501
 _BUNDLED: Final = {"demo": "student", "demo-teacher": "teacher"}
+PLANS_NAME: Final = "plans.json"
+"""Beside a checkpoint: metadata that exporting it adds, made for exactly its weights."""
 _RANDOM: Final = re.compile(
     r"random:(?P<arch>[a-z0-9_]+?)(?:w(?P<width>[0-9]{1,4}))?@(?P<relus>all|[0-9]{1,9})"
 )
@@ -85,8 +89,33 @@ def from_checkpoint(directory: Path, name: str | None = None) -> Graph:
     facts = dataclasses.asdict(manifest)
     for key in ("version", "relu_kept"):
         del facts[key]
+    facts |= _plans(directory)
     facts["name"] = name or f"{manifest.arch}-{manifest.dataset}-{manifest.relu_kept}"
     return export(model, manifest.input_shape, metadata=_json(facts))
+
+
+def weights_hash(directory: Path) -> str:
+    """The SHA-256 of a checkpoint's weights file."""
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+def _plans(directory: Path) -> dict[str, Any]:
+    """The metadata in a checkpoint's plans file, if it has one.
+
+    Raises:
+        IntegrityError: it is corrupt, or was made for other weights.
+    """
+    path = directory / PLANS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+        weights, metadata = document["weights_sha256"], dict(document["metadata"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise IntegrityError(f"{path} is corrupt: {error}") from error
+    if weights != weights_hash(directory):
+        raise IntegrityError(f"{path} was made for other weights; make it again with pi-export")
+    return metadata
 
 
 def from_file(

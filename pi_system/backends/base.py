@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,14 @@ from ..net.channel import Channel
 class Options:
     """Public parameters of a session, equal on all sides.
 
-    ``threads`` is per party; ``device`` is a torch device name for server and dealer.
+    ``threads`` is per party; ``device`` is a torch device name for server and dealer; ``plan``
+    names the precision the server is to use, and only the server's counts.
     """
 
     batch: int = 1
     threads: int = 1
     device: str = "cpu"
+    plan: str = "default"
 
 
 class ServerSession(Protocol):
@@ -44,6 +46,10 @@ class ClientSession(Protocol):
     def offline(self, count: int) -> None: ...
     def online(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Normalised images (N, C, H, W) to logits (N, classes)."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What the backend adds to a result, JSON-able: fss its plan and its retries."""
         ...
 
 

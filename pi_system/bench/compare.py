@@ -127,7 +127,7 @@ def ratios(results: Sequence[Contender], rounds: Sequence[Round]) -> list[Ratio]
     return over_plaintext + [_over(one, ran[0], rounds) for one in ran[1:]]
 
 
-def check_answers(comparison: Comparison, *, agreement: float, tolerance: float) -> None:
+def check_answers(comparison: Comparison, *, agreement: float, tolerance: float | None) -> None:
     """As :func:`~pi_system.bench.parity.check_parity`, of every contender that ran.
 
     Raises:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import models
+from ..backends.fss.plan import PLAN_KEY
 from ..errors import PiError
 from ..graph import serialize
 from ..graph.execute import run as run_plaintext
@@ -46,8 +47,9 @@ def with_all_relus(model: str, graph: Graph) -> Graph:
         return models.resolve(f"{model.partition('@')[0]}@all")
     masks = {f"{node.name}.mask": np.ones_like(graph.tensor(node, "mask")) for node in graph.relus}
     name = f"{graph.metadata.get('name', 'unnamed')}, all ReLUs"
-    # These weights were trained on no data set with these masks.
+    # These weights were trained on no data set with these masks, nor calibrated.
     metadata = {**graph.metadata, "name": name, "dataset": None}
+    metadata.pop(PLAN_KEY, None)
     return dataclasses.replace(graph, tensors={**graph.tensors, **masks}, metadata=metadata)
 
 
@@ -59,6 +61,7 @@ class Entry:
         plan: of one session.
         failure: why there will be no more sessions.
         seen: one observation per session.
+        facts: of the latest session, but the retries of all.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Entry:
     failure: PiError | None = None
     seen: list[Observation] = field(default_factory=list)
     inferences: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
         """One more session; if it fails, let it be the last."""
@@ -77,6 +81,9 @@ class Entry:
             self.failure = error
         else:
             self.inferences += local.client["inferences"]
+            facts = local.client["facts"]
+            retries = self.facts.get("retries", 0) + facts.get("retries", 0)
+            self.facts = {**facts, "retries": retries}
 
     def result(self) -> Contender:
         """All sessions together."""
@@ -93,7 +100,7 @@ class Entry:
             setup=seen.setup,
             offline=seen.offline,
             online=seen.online,
-            accuracy=parity.accuracy(self.inferences, self.expected, self.plan.labels),
+            accuracy=parity.accuracy(self.inferences, self.expected, self.plan.labels, self.facts),
             peak_memory_mb=seen.peak_memory_mb,
         )
 

@@ -19,6 +19,7 @@ from .schema import Result
 from .stability import judge
 
 PLAINTEXT_REPEAT = 10
+_CHUNK = 100
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Measurement:
         labels: (N,) or None.
         network: see :func:`pi_system.net.link.parse`.
         repeat: at least so many inferences; every image is classified at least once.
+        plan: the server's precision.
+        every: list the predictions of all images, however many.
     """
 
     model: str
@@ -46,8 +49,10 @@ class Measurement:
     repeat: int = 5
     warmup: int = 1
     timeouts: Timeouts = field(default_factory=Timeouts)
+    plan: str = "default"
+    every: bool = False
 
-    def session(self) -> LocalRun:
+    def session(self, progress: Callable[[int, int], None] = lambda done, total: None) -> LocalRun:
         """The private part."""
         return LocalRun(
             model=self.model,
@@ -60,6 +65,8 @@ class Measurement:
             repeat=self.repeat,
             warmup=self.warmup,
             timeouts=self.timeouts,
+            plan=self.plan,
+            progress=progress,
         )
 
     def plaintext(self) -> PlaintextTimer:
@@ -79,18 +86,18 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
         PiError: a party failed.
     """
     described = environment.describe()
-    expected = run_plaintext(plan.graph, plan.images)
+    expected = _plaintext(plan.graph, plan.images)
     timer = plan.plaintext()
     progress("plaintext, before")
     timer.run(PLAINTEXT_REPEAT)
     progress("private inference in three processes")
-    local = run_local(plan.session())
+    local = run_local(plan.session(lambda done, total: progress(f"{done} of {total} inferences")))
     progress("plaintext, after")
     timer.run(PLAINTEXT_REPEAT)
 
     seen = Observation.of(plan.graph, local)
     plaintext = timer.result()
-    inferences = local.client["inferences"]
+    inferences, facts = local.client["inferences"], local.client["facts"]
     return Result(
         environment=described,
         model=describe_model(plan.graph),
@@ -102,7 +109,7 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
         setup=seen.setup,
         offline=seen.offline,
         online=seen.online,
-        accuracy=parity.accuracy(inferences, expected, plan.labels),
+        accuracy=parity.accuracy(inferences, expected, plan.labels, facts),
         peak_memory_mb=seen.peak_memory_mb,
         stability=judge(
             {"online": seen.online.latency_ms},
@@ -111,5 +118,12 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
             threads=plan.threads,
             environment=described,
         ),
-        predictions=parity.predictions(inferences, expected, plan.labels, plan.graph),
+        predictions=parity.predictions(inferences, expected, plan.labels, plan.graph, plan.every),
+        fixed_point=parity.fixed_point(plan.plan, facts),
     )
+
+
+def _plaintext(graph: Graph, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits of any number of images, in little memory."""
+    chunks = range(0, len(images), _CHUNK)
+    return np.concatenate([run_plaintext(graph, images[at : at + _CHUNK]) for at in chunks])

@@ -7,9 +7,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from ..errors import IntegrityError
+from ..errors import IntegrityError, UsageError
 from ..graph.ir import Graph
 from ..net.link import parse
+from ..net.meter import LOGGED
 from ..parties.local import LocalResult
 from .schema import Latency, Model, Network, Offline, Online, OnlineTraffic, Setup
 from .traffic import Logs
@@ -37,13 +38,16 @@ class Observation:
 
         Raises:
             IntegrityError: the server ran another model.
+        UsageError: all logged inferences were warm-ups.
         """
         report = local.client
         if report["sha256"] != graph.sha256():
             raise IntegrityError("the server's model is not the plaintext one; has it changed?")
         logs = Logs.of(local.server["meter"], report["meter"])
         inferences = report["inferences"]
-        numbers = [inference["number"] for inference in inferences]
+        numbers = [one["number"] for one in inferences if one["number"] < LOGGED]
+        if not numbers:
+            raise UsageError(f"messages are logged of the first {LOGGED} inferences: warm up less")
         traffic = logs.phase("online", numbers)
         layers = logs.layers(graph, numbers)
         parties = {"client": report, "server": local.server, "dealer": local.dealer}

@@ -176,6 +176,9 @@ class Accuracy:
         argmax_agreement: fraction of the answers.
         max_abs_error: of a logit.
         correct, plaintext_correct: images whose label was hit, ``None`` without labels.
+        retries: inferences that had to be repeated with fresh one-time material.
+        stated_error: of a logit, by the backend's plan; ``None`` where it states none.
+        beyond_stated: answers with a logit further off than that.
     """
 
     images: int
@@ -184,6 +187,29 @@ class Accuracy:
     max_abs_error: float
     correct: int | None
     plaintext_correct: int | None
+    retries: int = 0
+    stated_error: float | None = None
+    beyond_stated: int = 0
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The plan of the fss backend in brief.
+
+    Attributes:
+        plan: its name.
+        f_x: fractional bits of activations.
+        opened_bits, ring_bits: least and largest k and n.
+        error: stated for a logit.
+        retry_rate: bound on the share of images that need a retry.
+    """
+
+    plan: str
+    f_x: int
+    opened_bits: list[int]
+    ring_bits: list[int]
+    error: float
+    retry_rate: float
 
 
 @dataclass(frozen=True)
@@ -194,7 +220,11 @@ class Stability:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The first answer for one image."""
+    """The first answer for one image.
+
+    ``plaintext_margin`` is plaintext's largest logit minus its second: an answer can differ only
+    where it is at most twice ``max_abs_error``.
+    """
 
     image: int
     label: str | None
@@ -202,6 +232,7 @@ class Prediction:
     plaintext: str
     equal: bool
     max_abs_error: float
+    plaintext_margin: float
 
 
 @dataclass(frozen=True)
@@ -220,6 +251,7 @@ class Result:
     peak_memory_mb: dict[str, float]
     stability: Stability
     predictions: list[Prediction]
+    fixed_point: FixedPoint | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

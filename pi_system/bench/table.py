@@ -60,7 +60,7 @@ def print_result(console: Console, result: Result, *, predictions: bool, layers:
     agreed = round(accuracy.argmax_agreement * accuracy.answers)
     console.print(
         f"Agreement with plaintext: {agreed} of {accuracy.answers} answers, "
-        f"largest logit error {accuracy.max_abs_error:.2g}."
+        f"largest logit error {accuracy.max_abs_error:.2g}{_stated(result)}."
     )
     if accuracy.correct is not None:
         console.print(
@@ -79,6 +79,13 @@ def print_work(
         if kinds:
             spent = ", ".join(f"{kind} {ms:.2f}" for kind, ms in kinds.items())
             console.print(f"{prefix}{role}, ms of an inference: {spent}.", markup=False)
+
+
+def _stated(result: Result) -> str:
+    plan, accuracy = result.fixed_point, result.accuracy
+    if plan is None:
+        return ""
+    return f" (the {plan.plan} plan states {plan.error:.2g}), {accuracy.retries} retries"
 
 
 def size(count: int) -> str:

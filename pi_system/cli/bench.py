@@ -50,8 +50,9 @@ _agreement = click.option(
     help="Trained models: least fraction of answers equal to plaintext's (else exit code 4).",
 )  # fmt: skip
 _tolerance = click.option(
-    "--tolerance", type=click.FloatRange(min=0), default=0.1, show_default=True,
-    help="Random models: largest logit error (else exit code 4).",
+    "--tolerance", type=click.FloatRange(min=0), default=None,
+    help="Random models: largest logit error (else exit code 4). [default: what the backend's "
+    "plan states, or 0.1]",
 )  # fmt: skip
 
 
@@ -63,9 +64,15 @@ _tolerance = click.option(
     help="Number of images: the bundled ones where they fit the model, else random. [default: 1]",
 )  # fmt: skip
 @click.option(
-    "--images-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.npy",
-    help="Images of your own, (N, C, H, W): normalised float32, or raw uint8.",
+    "--images-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Images of your own: .npy (N, C, H, W) of normalised float32 or raw uint8, or .bin as "
+    "CIFAR's binary version comes, with its labels.",
 )  # fmt: skip
+@click.option(
+    "--labels-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.npy",
+    help="Their labels, (N,) integers.",
+)  # fmt: skip
+@common.plan_option
 @click.option(
     "--repeat", type=click.IntRange(1), default=5, show_default=True,
     help="At least so many inferences; every image is classified once in any case.",
@@ -89,6 +96,8 @@ def run(
     backend: str,
     images: int | None,
     images_file: Path | None,
+    labels_file: Path | None,
+    plan: str,
     repeat: int,
     warmup: int,
     batch: int,
@@ -97,7 +106,7 @@ def run(
     network: str,
     timeout: float,
     agreement: float,
-    tolerance: float,
+    tolerance: float | None,
     predictions: bool,
     layers: bool,
     format_: str,
@@ -112,6 +121,7 @@ def run(
     Examples:
       pi-bench run --model demo --images 20 --predictions
       pi-bench run --model random:resnet18@49600 --format json --output result.json
+      pi-bench run --images-file cifar-100-binary/test.bin --agreement 0.99 --plan high
     """
     from ..errors import UsageError
     from ..net import link
@@ -120,6 +130,8 @@ def run(
     link.parse(network)
     if images is not None and images_file is not None:
         raise UsageError("give --images or --images-file, not both")
+    if labels_file is not None and images_file is None:
+        raise UsageError("--labels-file goes with --images-file")
     from ..backends import base
 
     base.check(backend)
@@ -135,7 +147,7 @@ def run(
     if images_file is None:
         array, labels = model_images(graph, images or batch)
     else:
-        array, labels = _own_images(images_file, graph), None
+        array, labels = _own_images(images_file, labels_file, graph)
     result = measure(
         Measurement(
             model=model,
@@ -150,6 +162,8 @@ def run(
             repeat=repeat,
             warmup=warmup,
             timeouts=Timeouts(step=timeout),
+            plan=plan,
+            every=predictions,
         ),
         progress=_progress,
     )
@@ -205,7 +219,7 @@ def compare(
     network: str,
     timeout: float,
     agreement: float,
-    tolerance: float,
+    tolerance: float | None,
     format_: str,
     output: Path | None,
 ) -> None:
@@ -339,16 +353,26 @@ def _warn(warnings: list[str], format_: str, output: Path | None) -> None:
             click.echo(f"unstable: {warning}", err=True)
 
 
-def _own_images(path: Path, graph: Any) -> Any:
+def _own_images(path: Path, labels_file: Path | None, graph: Any) -> Any:
+    """Normalised images, and their labels or None."""
     from ..errors import UsageError
-    from ..parties.images import normalise, read_images
+    from ..parties.images import normalise, read_cifar, read_images, read_labels
 
+    labels = None
     try:
         with open(path, "rb") as file:
-            images = read_images(file, name=str(path))
+            if path.suffix == ".bin":
+                images, labels = read_cifar(file, name=str(path))
+            else:
+                images = read_images(file, name=str(path))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    return normalise(images, graph.metadata, graph.input.shape)
+    if labels_file is not None:
+        labels = read_labels(labels_file, len(images))
+    classes = graph.output.shape[0]
+    if labels is not None and not ((labels >= 0) & (labels < classes)).all():
+        raise UsageError(f"a label is outside 0 to {classes - 1}, the model's classes")
+    return normalise(images, graph.metadata, graph.input.shape), labels
 
 
 def _progress(text: str) -> None:

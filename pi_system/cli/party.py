@@ -106,12 +106,14 @@ def _serving_options(function: F) -> F:
     "--listen", required=True, metavar="HOST:PORT", help="Where clients connect; port 0: any free."
 )
 @click.option("--dealer", required=True, metavar="HOST:PORT", help="Where the dealer listens.")
+@common.plan_option
 @_serving_options
 @_party_options
 def server(
     model: str,
     listen: str,
     dealer: str,
+    plan: str,
     once: bool,
     stats: str | None,
     backend: str,
@@ -146,6 +148,7 @@ def server(
             model=graph,
             sha256=graph.sha256(),
             dealer=dealer_at,
+            plan=plan,
             backend=implementation,
             backend_name=backend,
             device=device,
@@ -279,9 +282,10 @@ def client(
     array = _images(images)
     if exit_with_parent:
         _exit_with_parent()
-    report = classify(settings, array, repeat=repeat, warmup=warmup)
-    rows = _predictions(report.to_json())
+    progress = _progress_lines() if exit_with_parent else lambda done, total: None
+    report = classify(settings, array, repeat=repeat, warmup=warmup, progress=progress)
     value = report.to_json()
+    rows = _predictions(value)
     if exit_with_parent:
         sys.stdout.write(json.dumps(value) + "\n")  # one line, for the launcher
         return
@@ -336,6 +340,21 @@ def _ready(listener: Listener) -> None:
 
 def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _progress_lines() -> Callable[[int, int], None]:
+    """Says about once a second how far things are, in lines for the launcher."""
+    import time
+
+    said = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 1:
+            said = time.monotonic()
+            print(json.dumps({"done": done, "total": total}), flush=True)
+
+    return progress
 
 
 def _write_stats(stats: str | None, role: str, meter: dict[str, Any]) -> None:

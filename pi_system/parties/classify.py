@@ -29,14 +29,14 @@ class Inference:
         images: positions of its images among those given (a padded batch repeats the last).
         online_seconds: from holding the images to holding the logits.
         offline_seconds: laying the material of this inference on all sides.
-        logits: (len(images), classes).
+        logits: (len(images), classes); lists in :meth:`ClientReport.to_json`.
     """
 
     number: int
     images: tuple[int, ...]
     offline_seconds: float
     online_seconds: float
-    logits: list[list[float]]
+    logits: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class ClientReport:
         round_trip_seconds: of a few empty messages.
         megabits: measured bandwidth from client to server, 10^6 bit/s.
         inferences: without warm-ups.
+        facts: of the backend's session.
         meter: see :meth:`Meter.to_json`.
     """
 
@@ -62,11 +63,15 @@ class ClientReport:
     megabits: float
     warmup: int
     inferences: list[Inference]
+    facts: dict[str, Any]
     meter: dict[str, Any]
     peak_memory: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        for inference in data["inferences"]:
+            inference["logits"] = inference["logits"].tolist()
+        return data
 
 
 def classify(
@@ -106,9 +111,10 @@ def classify(
             offline_seconds, _ = _timed(partial(client.offline, 1))
             online_seconds, logits = _timed(partial(client.online, padded))
             if number >= warmup:
-                values = np.asarray(logits, np.float64)[: len(rows)].tolist()
+                values = np.asarray(logits, np.float32)[: len(rows)]
                 inferences.append(Inference(number, rows, offline_seconds, online_seconds, values))
             progress(number + 1, total)
+        facts = client.facts()
     return ClientReport(
         backend=settings.backend_name,
         batch=settings.batch,
@@ -120,6 +126,7 @@ def classify(
         megabits=megabits,
         warmup=warmup,
         inferences=inferences,
+        facts=facts,
         meter=client.meter.to_json(),
         peak_memory=peak_memory(),
     )

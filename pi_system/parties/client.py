@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -145,6 +145,10 @@ class Client:
         if logits.shape != (len(images), *self.model.graph.output.shape):
             raise ProtocolError(f"the answer has shape {logits.shape}")
         return logits
+
+    def facts(self) -> dict[str, Any]:
+        """What the backend has to say of the session."""
+        return self._session.facts()
 
     def close(self) -> None:
         """End the session in an orderly way."""

@@ -26,11 +26,13 @@ class ServerSettings(ServingSettings):
         model: with its weights.
         sha256: the model's hash.
         dealer: where the dealer listens.
+        plan: the precision to serve at, for a backend that has several.
     """
 
     model: Graph
     sha256: str
     dealer: Address
+    plan: str = "default"
 
 
 def serve_forever(
@@ -93,7 +95,12 @@ def _session(
     handshake.greet(dealer, mine, role="dealer")
     handshake.say(client, mine)
     send_public(client, settings.model, settings.sha256)
-    options = Options(batch=hello.batch, threads=settings.threads, device=settings.device)
+    options = Options(
+        batch=hello.batch,
+        threads=settings.threads,
+        device=settings.device,
+        plan=settings.plan,
+    )
     session = settings.backend.server(settings.model, client, dealer, options)
 
     def wait(seconds: float) -> None:

@@ -94,6 +94,9 @@ def test_a_result_fits_the_schema_and_its_figures_fit_each_other(
         "max_abs_error": pytest.approx(0, abs=1e-4),
         "correct": correct,
         "plaintext_correct": correct,
+        "retries": 0,
+        "stated_error": None,
+        "beyond_stated": 0,
     }
     assert [row["image"] for row in data["predictions"]] == [0, 1, 2]
     assert data["predictions"][0]["label"] == "class 3"

@@ -12,9 +12,11 @@ import jsonschema
 import numpy as np
 import numpy.typing as npt
 import pytest
+from click.testing import CliRunner
 
 from pi_system.bench.schema import json_schema
 from pi_system.cli import bench, common
+from pi_system.models import demo_images
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +184,46 @@ def test_env_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["cores"] >= 1
     assert common.run(bench.cli, ["env"]) == 0
     assert "packages.torch" in capsys.readouterr().out
+
+
+def test_images_and_labels_of_cifars_binary_version(tmp_path: Path) -> None:
+    """Two label bytes and 3,072 of pixels: the fine label counts; a .npy says the same."""
+    pixels, labels = demo_images()
+    pixels, labels = pixels[:3], labels[:3]
+    records = [bytes([19 - label % 20, label]) + image.tobytes()
+               for image, label in zip(pixels, labels.tolist(), strict=True)]  # fmt: skip
+    (tmp_path / "test.bin").write_bytes(b"".join(records))
+    np.save(tmp_path / "test.npy", pixels)
+    np.save(tmp_path / "labels.npy", labels)
+    both = []
+    for files in (
+        ["--images-file", str(tmp_path / "test.bin")],
+        [
+            "--images-file",
+            str(tmp_path / "test.npy"),
+            "--labels-file",
+            str(tmp_path / "labels.npy"),
+        ],
+    ):
+        command = ["run", *files, "--warmup", "0", "--repeat", "1", "--format", "json"]
+        result = CliRunner().invoke(bench.cli, [*command, "--agreement", "0", "--plan", "high"])
+        assert result.exit_code == 0, result.output
+        both.append(json.loads(result.stdout))
+    for data in both:
+        assert data["accuracy"]["images"] == 3
+        assert data["accuracy"]["beyond_stated"] == 0
+        assert data["fixed_point"]["plan"] == "high"
+    assert [row["label"] for row in both[0]["predictions"]] == [
+        row["label"] for row in both[1]["predictions"]
+    ]
+    assert both[0]["accuracy"]["plaintext_correct"] == both[1]["accuracy"]["plaintext_correct"]
+    for name, arguments in (
+        ("whole file", ["--images-file", str(tmp_path / "cut.bin")]),
+        ("labels", ["--images-file", str(tmp_path / "test.bin"),
+                    "--labels-file", str(tmp_path / "few.npy")]),
+        ("goes with", ["--labels-file", str(tmp_path / "few.npy")]),
+    ):  # fmt: skip
+        (tmp_path / "cut.bin").write_bytes(b"".join(records)[:-1])
+        np.save(tmp_path / "few.npy", labels[:2])
+        result = CliRunner().invoke(bench.cli, ["run", *arguments])
+        assert result.exception is not None and name in str(result.exception)

@@ -5,6 +5,8 @@ Online it does no linear algebra: per batch of gates it evaluates comparison key
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +33,7 @@ class Client:
         self._store: Store[ClientMaterial] = Store()
         self._b: dict[str, WideConv] = {}
         self._public: Public | None = None
+        self._retries = 0
 
     def setup(self) -> None:
         public = receive_plan(self._server, self._graph, self._options.batch)
@@ -63,9 +66,24 @@ class Client:
             logits = self._infer(public, image)
             if logits is not None:
                 return logits
+            self._retries += 1
             with meter.in_phase("offline", meter.labels.inference):
                 self.offline(1)
         raise RefusedError(f"the server asked for fresh material {MAX_RETRIES + 1} times in a row")
+
+    def facts(self) -> dict[str, Any]:
+        """The plan in brief (ring and opened widths as least and largest) and the retries."""
+        plan = self._ready().plan
+        rings = [conv.n for conv in plan.convs.values()]
+        opened = [gate.k for gate in plan.gates.values()] or [0]
+        return {
+            "f_x": plan.f_x,
+            "opened_bits": [min(opened), max(opened)],
+            "ring_bits": [min(rings), max(rings)],
+            "error": plan.error,
+            "retry_rate": plan.retry_rate,
+            "retries": self._retries,
+        }
 
     def _encode(self, public: Public, images: npt.NDArray[np.float32]) -> Words:
         expected = (public.batch, *public.graph.input.shape)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
-from ...errors import ProtocolError, RefusedError
+from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
@@ -16,21 +18,23 @@ from .masks import blinding
 from .material import ServerMaterial
 from .online import Run
 from .packing import Reader
-from .plan import Plan
+from .plan import PLAN_KEY as PLAN_KEY
+from .plan import PRECISIONS, Plan
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
 from .store import Store
 from .wide import from_panels, panel_shape
 
-PLAN_KEY = "fss_plan"
+_log = logging.getLogger(__name__)
 
 
 class Server:
     """A server's session; see :class:`pi_system.backends.base.ServerSession`.
 
-    The plan is the one the model was exported with (``graph.metadata["fss_plan"]``) or, for a
-    model without one, calibrated here on synthetic images.
+    The plan is the one the options name of those the model was exported with
+    (``graph.metadata["fss_plan"]``) or, for a model without any, calibrated here on synthetic
+    images.
     """
 
     def __init__(self, graph: Graph, client: Channel, dealer: Channel, options: Options) -> None:
@@ -70,10 +74,24 @@ class Server:
         self._public = public
 
     def _plan(self) -> Plan:
-        stored = self._graph.metadata.get(PLAN_KEY)
-        if stored is not None:
-            return Plan.from_json(stored, program.build(self._graph))
-        return plan.calibrate(self._graph, plan.synthetic_images(self._graph))
+        name = self._options.plan
+        if name not in PRECISIONS:
+            raise UsageError(f"no plan {name!r}: there are {', '.join(PRECISIONS)}")
+        graph = self._graph
+        stored = graph.metadata.get(PLAN_KEY)
+        if stored is None:
+            _log.warning(
+                "%s has no fixed-point plan: calibrated on synthetic images, which natural ones "
+                "may exceed; pi-export --calibrate makes one from samples",
+                graph.metadata.get("name", "the model"),
+            )
+            return plan.calibrate(graph, plan.synthetic_images(graph), PRECISIONS[name])
+        if not isinstance(stored, Mapping) or name not in stored:
+            raise UsageError(f"the model was exported without a {name} plan; export it again")
+        try:
+            return Plan.from_json(stored[name], program.build(graph))
+        except ProtocolError as error:
+            raise IntegrityError(f"the model's {name} plan: {error}") from error
 
     def offline(self, count: int) -> None:
         public = self._ready()

@@ -164,7 +164,7 @@ def images(graph: Graph, count: int, seed: int = 1) -> Floats:
 def planned(graph: Graph, precision: Precision | None = None) -> tuple[Graph, Plan]:
     """The graph with a plan from 16 other images of the same distribution."""
     plan = calibrate(graph, images(graph, 16, seed=2), precision or Precision())
-    metadata = {**graph.metadata, PLAN_KEY: plan.to_json()}
+    metadata = {**graph.metadata, PLAN_KEY: {"default": plan.to_json()}}
     return Graph(graph.nodes, graph.tensors, metadata), plan
 
 

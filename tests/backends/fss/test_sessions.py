@@ -15,12 +15,13 @@ from fss_networks import Builder, Floats, Sessions, images, planned, random_grap
 from pi_system.backends import base
 from pi_system.backends.base import Options
 from pi_system.backends.fss import client, masks, packing, program, server
-from pi_system.backends.fss.plan import HIGH, Precision
+from pi_system.backends.fss.plan import HIGH, Precision, calibrated
 from pi_system.backends.fss.server import PLAN_KEY
-from pi_system.errors import PiError, ProtocolError, RefusedError, UsageError
+from pi_system.errors import IntegrityError, PiError, ProtocolError, RefusedError, UsageError
 from pi_system.graph import serialize
 from pi_system.graph.execute import run
 from pi_system.graph.ir import Graph
+from pi_system.net.channel import channel_pair
 
 SPARE = 3
 ROUNDINGS = 24
@@ -52,12 +53,52 @@ def test_residual_network_in_high_precision(keep: float) -> None:
         close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
 
 
-def test_a_model_without_a_plan_is_calibrated_by_the_server() -> None:
+def test_a_model_without_a_plan_is_calibrated_by_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     graph = residual()
     x = np.random.default_rng(0).uniform(-2, 2, (1, *graph.input.shape)).astype(np.float32)
     with Sessions(graph) as sessions:
         sessions.offline(SPARE)
         assert np.abs(sessions.online(x) - run(graph, x)).max() < 0.1
+    assert "no fixed-point plan" in caplog.text
+
+
+def test_the_server_chooses_among_the_stored_plans() -> None:
+    graph = residual()
+    stored, failures = calibrated(graph, images(graph, 16, seed=2), "noise")
+    assert not failures and set(stored) == {"calibrated_on", "default", "high"}
+    graph = dataclasses.replace(graph, metadata={**graph.metadata, PLAN_KEY: stored})
+    x = images(graph, 1)
+    errors = {}
+    for name, f_x in (("default", 9), ("high", 12)):
+        with Sessions(graph, Options(plan=name)) as sessions:
+            sessions.offline(SPARE)
+            errors[name] = np.abs(sessions.online(x) - run(graph, x)).max()
+            facts = sessions.client.facts()
+        assert facts["f_x"] == f_x and facts["retries"] == 0
+        assert errors[name] <= facts["error"] == stored[name]["error"]
+    assert errors["high"] < errors["default"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "name", "error"),
+    [
+        ({"default": {}}, "high", UsageError),
+        ([], "default", UsageError),
+        ({"default": {"f_x": 9}}, "default", IntegrityError),
+        (None, "low", UsageError),
+    ],
+)
+def test_a_plan_the_model_lacks_is_refused(
+    stored: object, name: str, error: type[Exception]
+) -> None:
+    graph = residual()
+    if stored is not None:
+        graph = dataclasses.replace(graph, metadata={**graph.metadata, PLAN_KEY: stored})
+    a, b = channel_pair(names=("server", "client"))
+    with a, b, pytest.raises(error, match="plan"):
+        server.Server(graph, a, a, Options(plan=name)).setup()
 
 
 def test_the_registry_knows_the_backend() -> None:
@@ -245,6 +286,7 @@ def test_no_wrap_is_silent_and_retries_are_as_rare_as_derived(
             assert np.abs(sessions.online(x) - reference).max() < ROUNDINGS * 2.0**-plan.f_x
         assert not len(sessions.client._store) and not len(sessions.server._store)
         used = sessions.client._store._spent + 1
+        assert sessions.client.facts()["retries"] == used - runs
     rate = 1 - runs / used
     limit = plan.retry_rate
     assert used - runs > 0
@@ -262,7 +304,7 @@ def test_without_the_zone_check_the_same_ring_fails() -> None:
         layer.pop("bound", None)
     for conv in open_plan["convs"].values():
         conv["bound"] = 0
-    graph = Graph(graph.nodes, graph.tensors, {**graph.metadata, PLAN_KEY: open_plan})
+    graph = Graph(graph.nodes, graph.tensors, {**graph.metadata, PLAN_KEY: {"default": open_plan}})
     x = images(graph, 1)
     reference = run(graph, x)
     with Sessions(graph) as sessions:
