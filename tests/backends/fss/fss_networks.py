@@ -16,7 +16,8 @@ from pi_system.backends.fss.dealer import Dealer
 from pi_system.backends.fss.plan import Plan, Precision, calibrate
 from pi_system.backends.fss.server import PLAN_KEY, Server
 from pi_system.graph.ir import Attribute, Graph, Node
-from pi_system.net.channel import MAX_FRAME, Channel, channel_pair
+from pi_system.net.channel import channel_pair
+from pi_system.net.tap import Tape
 
 Floats = npt.NDArray[np.float32]
 
@@ -170,23 +171,24 @@ def planned(graph: Graph, precision: Precision | None = None) -> tuple[Graph, Pl
 
 @dataclass
 class Sessions:
-    """A server, a client and a dealer in three threads.
-
-    ``log`` collects every frame that reaches the dealer, by peer.
-    """
+    """A server, a client and a dealer in three threads; ``tapes`` hold each one's frames."""
 
     graph: Graph
     options: Options = field(default_factory=Options)
-    log: list[tuple[str, bytes]] | None = None
+    tapes: dict[str, Tape] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.at_server, self.at_client = channel_pair(names=("server", "client"))
         self.server_dealer, self.dealer_server = channel_pair(names=("server", "dealer"))
         self.client_dealer, self.dealer_client = channel_pair(names=("client", "dealer"))
-        if self.log is not None:
-            for channel in (self.dealer_server, self.dealer_client):
-                _record(channel, self.log)
+        for role, channels in (
+            ("server", (self.at_server, self.server_dealer)),
+            ("client", (self.at_client, self.client_dealer)),
+            ("dealer", (self.dealer_server, self.dealer_client)),
+        ):
+            self.tapes[role] = Tape()
+            self.tapes[role].attach(*channels)
         self.server = Server(self.graph, self.at_server, self.server_dealer, self.options)
         self.client = Client(self.graph.public(), self.at_client, self.client_dealer, self.options)
         self.dealer = Dealer(self.dealer_server, self.dealer_client, self.options)
@@ -237,14 +239,3 @@ class Sessions:
         thread = threading.Thread(target=guarded, daemon=True)
         thread.start()
         return thread
-
-
-def _record(channel: Channel, log: list[tuple[str, bytes]]) -> None:
-    receive = channel.recv
-
-    def recording(limit: int = MAX_FRAME) -> bytes:
-        data = receive(limit)
-        log.append((channel.peer, data))
-        return data
-
-    channel.recv = recording  # type: ignore[method-assign]

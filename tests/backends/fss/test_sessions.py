@@ -149,27 +149,26 @@ def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
 def test_what_reaches_the_dealer() -> None:
     """Architecture, masks, plan, W' (uniform, fresh per setup) and seeds of masks; no more."""
     graph, plan = planned(residual())
-    seen: list[list[tuple[str, bytes]]] = []
+    seen = []
     for _ in range(2):
-        log: list[tuple[str, bytes]] = []
-        with Sessions(graph, log=log) as sessions:
+        with Sessions(graph) as sessions:
             sessions.offline(SPARE)
-            before = len(log)
+            tape = sessions.tapes["dealer"]
+            before = len(tape.frames)
             sessions.online(images(graph, 1))
-            assert len(log) == before
-        seen.append(log)
+            assert len(tape.frames) == before
+        seen.append(tape)
     lowered = program.build(graph)
     ops = lowered.convs
     head = 2  # graph, plan
-    for log in seen:
-        from_server = [data for peer, data in log if peer == "server"]
-        from_client = [data for peer, data in log if peer == "client"]
+    for tape in seen:
+        from_server, from_client = tape.received("server"), tape.received("client")
         assert len(from_server) == head + len(ops)
         assert from_server[0] == serialize.to_bytes(graph.public())
         assert set(json.loads(from_server[1])) == {"plan", "model"}
         assert [len(data) for data in from_client[1:]] == [8 + 16] * SPARE
         assert len({data[8:] for data in from_client[1:]}) == SPARE
-    first, second = ([data for peer, data in log if peer == "server"][2:] for log in seen)
+    first, second = (tape.received("server")[head:] for tape in seen)
     for op, a, b in zip(ops, first, second, strict=True):
         count, n = int(np.prod(op.weight_shape)), plan.convs[op.out].n
         x, y = (packing.unpack(data, count, n) for data in (a, b))
