@@ -99,14 +99,10 @@ def derived(sessions: Sessions, runs: int) -> Iterator[tuple[Key, tuple[Words, i
     public = sessions.client._public
     assert public is not None
     expected = list(transcript.offline(public)) * runs + list(transcript.online(public)) * runs
+    sizes = Counter((message.sender, message.receiver) for message in expected)
     frames = {
-        (message.sender, message.receiver): iter(
-            sessions.tapes[message.receiver].received(message.sender)[-count:]
-        )
-        for message in expected
-        if (
-            count := len(transcript.between(iter(expected), message.sender, message.receiver))
-        )
+        (sender, receiver): iter(sessions.tapes[receiver].received(sender)[-size:])
+        for (sender, receiver), size in sizes.items()
     }
     inputs: dict[str, Words] = {}
     shares: dict[str, list[tuple[Words, relu.Share]]] = defaultdict(list)
