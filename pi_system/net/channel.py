@@ -169,7 +169,7 @@ class Channel:
         if self._closed:
             return
         kind = b"refused" if isinstance(error, RefusedError) else b"failed"
-        text = " ".join(str(error).split()).encode()[: ABORT_LIMIT - 16]
+        text = " ".join(str(error).split()).encode(errors="replace")[: ABORT_LIMIT - 16]
         payload = kind + b" " + text
         message = HEADER.pack(ABORT) + HEADER.pack(len(payload)) + payload
         with contextlib.suppress(OSError):  # the peer will see the connection close anyway
