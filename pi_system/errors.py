@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-_MAX_MESSAGE = 2000
+MAX_MESSAGE = 2000
 
 
 class PiError(Exception):
@@ -29,7 +29,7 @@ class PiError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        text = super().__str__()[:_MAX_MESSAGE]
+        text = super().__str__()[:MAX_MESSAGE]
         return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
