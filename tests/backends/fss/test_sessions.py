@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from fss_networks import Builder, Floats, Sessions, images, planned, random_grap
 
 from pi_system.backends import base
 from pi_system.backends.base import Options
-from pi_system.backends.fss import client, masks, packing, program, server
+from pi_system.backends.fss import client, kernels, masks, packing, prg, program, server
 from pi_system.backends.fss.plan import HIGH, Precision
 from pi_system.backends.fss.server import PLAN_KEY
 from pi_system.errors import PiError, ProtocolError, RefusedError, UsageError
@@ -41,6 +43,35 @@ def test_random_graphs(seed: int) -> None:
     with Sessions(graph, Options(batch=batch)) as sessions:
         sessions.offline(SPARE)
         close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
+
+
+@pytest.mark.parametrize("seed", [2, 7, 19])
+def test_every_kernel_gives_the_same_session(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same seeds, byte for byte the same frames and the same logits."""
+    graph, _ = planned(random_graph(seed))
+    x = images(graph, 2)
+    results = []
+    for level in ("numpy", "portable", "avx2", "auto"):
+        drawn: Counter[str] = Counter()
+
+        def seeded(drawn: Counter[str] = drawn) -> bytes:
+            who = sys._getframe(1).f_code.co_name  # one function of each party draws
+            drawn[who] += 1
+            return hashlib.sha256(f"{who} {drawn[who]}".encode()).digest()[:16]
+
+        monkeypatch.setattr(prg, "fresh_seed", seeded)
+        with kernels.using(level):
+            with Sessions(graph, Options(batch=2)) as sessions:
+                sessions.offline(1)
+                logits = sessions.online(x)
+            frames = [
+                (role, peer, sessions.tapes[role].received(peer))
+                for role in sessions.tapes
+                for peer in sessions.tapes
+            ]
+        results.append((logits.tobytes(), frames))
+    assert len(drawn) == 3
+    assert all(result == results[0] for result in results[1:])
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
