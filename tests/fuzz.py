@@ -10,11 +10,13 @@ parties' own randomness, which no check depends on.
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import io
 import json
 import random
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -374,7 +376,9 @@ class _Inner:
 
 
 def _file_targets(graph: Graph) -> list[Target]:
-    folder = Path(tempfile.mkdtemp(prefix="pi_system_fuzz"))
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     serialize.save(folder, graph)
     names = {serialize.HEADER_NAME: 1, serialize.TENSORS_NAME: 2}
     whole = {name: (folder / name).read_bytes() for name in names}
