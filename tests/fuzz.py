@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import copy
 import dataclasses
 import io
 import json
@@ -163,24 +164,26 @@ def _edit(rng: Rng, document: Any) -> Any:
                 walk(inner)
 
     if not isinstance(document, dict | list) or not document or rng.randrange(60) == 0:
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
     walk(document)
     holder, key = rng.choice(places)
     match rng.randrange(6):
         case 0:
             del holder[key]
         case 1 if isinstance(holder, dict):
-            holder[rng.choice(("more", "", "k", "\ud800", str(key) + "x"))] = holder[key]
+            holder[rng.choice(("more", "", "k", "\ud800", str(key) + "x"))] = copy.deepcopy(
+                holder[key]
+            )
         case 1:
-            holder.insert(key, holder[key])
+            holder.insert(key, copy.deepcopy(holder[key]))
         case 2 if isinstance(holder[key], int):
             holder[key] += rng.choice((-1, 1, 7, -holder[key], holder[key]))
         case 3:
             source, name = rng.choice(places)
             if name in source if isinstance(source, dict) else name < len(source):
-                holder[key] = json.loads(json.dumps(source[name]))
+                holder[key] = copy.deepcopy(source[name])
         case _:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
     return document
 
 

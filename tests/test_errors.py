@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi_system import config, errors
+from pi_system import config, errors, models
 from pi_system.errors import IntegrityError, PiError, RefusedError, UsageError
+from pi_system.graph.ir import Graph, Node
 from pi_system.net.channel import channel_pair
 from pi_system.parties import handshake, images
 
@@ -44,12 +45,20 @@ def test_settings_that_are_no_text_are_a_usage_error(tmp_path: Path, data: bytes
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [(b"), }", b",  }"), (b"'descr'", b"(descr'"), (b"4, 4", b"[[[[")]
+    ("old", "new"),
+    [(b"), }", b",  }"), (b"'descr'", b"(descr'"), (b"4, 4", b"[[[["), (b"'<f4'", b"',f4'")],
 )
-def test_an_image_file_with_a_broken_header_is_refused(old: bytes, new: bytes) -> None:
+def test_an_image_file_with_a_broken_header_is_refused(
+    tmp_path: Path, old: bytes, new: bytes
+) -> None:
     buffer = io.BytesIO()
     images.write_images(buffer, np.zeros((1, 4, 4, 4), np.float32))
     data = buffer.getvalue()
     assert old in data
+    broken = data.replace(old, new, 1)
     with pytest.raises(IntegrityError, match="not a whole"):
-        images.read_images(io.BytesIO(data.replace(old, new, 1)), name="images")
+        images.read_images(io.BytesIO(broken), name="images")
+    path = tmp_path / "images.npy"
+    path.write_bytes(broken)
+    with pytest.raises(UsageError, match=r"not a \.npy file"):
+        models.read_images(path, Graph((Node("image", "input", (), (4, 4, 4)),), {}))
