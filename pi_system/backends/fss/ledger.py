@@ -90,6 +90,7 @@ class Ledger(Protocol):
         """The youngest entry for a peer's store and a digest."""
         ...
 
+    def pairs(self) -> set[str]: ...
     def create(self, entry: Entry) -> None:
         """Add a new pair; entries that never gave out an id may be forgotten for it.
 
@@ -186,6 +187,10 @@ class SqliteLedger:
 
     def find(self, peer: str, digest: str) -> Entry | None:
         return self._one("WHERE peer = ? AND digest = ? ORDER BY rowid DESC", peer, digest)
+
+    def pairs(self) -> set[str]:
+        with self._lock:
+            return {pair for (pair,) in self._db.execute("SELECT pair FROM pair")}
 
     def _one(self, condition: str, *values: str) -> Entry | None:
         with self._lock:

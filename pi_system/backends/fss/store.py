@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterable
@@ -393,6 +394,9 @@ class Store:
         if self.directory is not None:
             _prepare(self.directory)
         self.ledger: Ledger = SqliteLedger(self.directory, role)
+        if self.directory is not None:
+            _sweep(self.directory, self.ledger.pairs())
+        self._shelves: dict[str, MemoryShelf[Any]] = {}
         self._open: dict[str, Stock[Any]] = {}
         self._lock = threading.Lock()
 
@@ -410,8 +414,10 @@ class Store:
             older = self._open.pop(entry.pair, None)
             if older is not None:
                 older.revoke()
-            shelf: Shelf[Item] = MemoryShelf()
-            if self.directory is not None:
+            shelf: Shelf[Item]
+            if self.directory is None:
+                shelf = self._shelves.setdefault(entry.pair, MemoryShelf())
+            else:
                 shelf = DiskShelf(self.directory / entry.pair, codec)
             stock = self._open[entry.pair] = Stock(self.ledger, entry, shelf)
             return stock
@@ -439,6 +445,13 @@ def _prepare(directory: Path) -> None:
             raise RefusedError(f"{directory} is open to other users; chmod 700 it, or begin anew")
     except OSError as error:
         raise PiError(f"cannot use {directory} as a store: {error.strerror}") from error
+
+
+def _sweep(directory: Path, pairs: set[str]) -> None:
+    """Remove the material of pairs that the ledger does not know."""
+    for path in directory.iterdir():
+        if is_name(path.name) and path.name not in pairs:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_name(value: object) -> bool:
