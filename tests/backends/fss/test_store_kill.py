@@ -30,7 +30,7 @@ from pi_system.graph import serialize
 from pi_system.graph.execute import run
 from pi_system.net.framing import ABORT, HEADER
 
-TRIALS = 40
+TRIALS = 24
 
 
 class Wire:
