@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from ...errors import ProtocolError, RefusedError
+from ...errors import RefusedError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import offline, packing, plan, prg, program, weights
+from . import offline, packing, pairing, plan, prg, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
@@ -18,7 +20,7 @@ from .plan import Plan
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
-from .store import Store
+from .store import Claimed, Step, Stock, Store
 
 PLAN_KEY = "fss_plan"
 
@@ -30,12 +32,21 @@ class Server:
     model without one, calibrated here on synthetic images.
     """
 
-    def __init__(self, graph: Graph, client: Channel, dealer: Channel, options: Options) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        client: Channel,
+        dealer: Channel | None,
+        options: Options,
+        store: Store | None = None,
+    ) -> None:
         self._graph = graph
         self._client = client
         self._dealer = dealer
         self._options = options
-        self._store: Store[ServerMaterial] = Store()
+        self._store = store
+        self._claimed: Claimed[ServerMaterial] = Claimed()
+        self._paired: Stock[ServerMaterial] | None = None
         self._convs: dict[str, RingConv] = {}
         self._bias: dict[str, Words] = {}
         self._positions: dict[str, Index | None] = {}
@@ -49,7 +60,8 @@ class Server:
         seed = prg.fresh_seed()
         send_plan(self._client, public)
         self._client.send(seed)
-        send_graph(self._dealer, public)
+        if self._dealer is not None:
+            send_graph(self._dealer, public)
         for op in lowered.convs:
             planned = chosen.convs[op.out]
             weight, bias = weights.fixed(graph, op, chosen.f_x, planned.f_w)
@@ -57,10 +69,12 @@ class Server:
             source = lowered.shapes[op.source]
             self._convs[op.out] = RingConv(op, source, weight, planned.n, bits)
             self._bias[op.out] = bias.reshape(-1, 1, 1)
-            blinded = weight - blinding(seed, public.model, op)
-            self._dealer.send(packing.pack(blinded, planned.n))
+            if self._dealer is not None:
+                blinded = weight - blinding(seed, public.model, op)
+                self._dealer.send(packing.pack(blinded, planned.n))
         self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
         agree(self._client.recv_json(), public, "client")
+        self._paired = pairing.meet_client(self._store, public, self._client)
         self._public = public
 
     def _plan(self) -> Plan:
@@ -70,17 +84,39 @@ class Server:
         return plan.calibrate(self._graph, plan.synthetic_images(self._graph))
 
     def offline(self, count: int) -> None:
-        public = self._ready()
-        request = self._client.recv_json()
-        if not isinstance(request, dict) or request.get("count") != count:
-            raise ProtocolError("the client asks for another amount of material")
-        first = request.get("first")
-        if not isinstance(first, int):
-            raise ProtocolError("the client names no first inference")
-        for inference in self._store.reserve(first, count):
-            self._store.add(
-                inference, offline.receive(public, self._bias, self._client, self._dealer)
+        step = self._follow(count, claim=True)
+        for inference in step.kept:
+            self._claimed.add(inference, self._stock().load(inference))
+        self._receive(step, self._claimed.add)
+
+    @property
+    def stock(self) -> int:
+        return len(self._stock())
+
+    def prepare(self, count: int) -> int:
+        stock = self._stock()
+        if len(stock) + count > stock.limit:
+            raise RefusedError(
+                f"{count} more items of one-time material than the {len(stock)} in stock are over "
+                f"the server's limit of {stock.limit}"
             )
+        self._receive(self._follow(count, claim=False), stock.add)
+        return len(stock)
+
+    def _follow(self, count: int, *, claim: bool) -> Step:
+        """The client's step, durable here too before it is confirmed."""
+        step = Step.from_json(self._client.recv_json())
+        if step.made and self._dealer is None:
+            raise RefusedError("no one-time material is left, and the session has no dealer")
+        self._stock().follow(step, count, claim=claim)
+        self._client.send(step.link.encode())
+        return step
+
+    def _receive(self, step: Step, add: Callable[[int, ServerMaterial], None]) -> None:
+        public = self._ready()
+        for inference in step.made:
+            assert self._dealer is not None
+            add(inference, offline.receive(public, self._bias, self._client, self._dealer))
 
     def online(self) -> None:
         public = self._ready()
@@ -98,11 +134,16 @@ class Server:
         head = self._client.recv(8 + packing.size(size, public.plan.input_n))
         reader = Reader(head)
         inference = int.from_bytes(reader.raw(8), "little")
-        material = self._store.claim(inference)
+        material = self._claimed.take(inference)
         image = reader.take(size, public.plan.input_n)
         reader.done()
         run = Run(public, self._convs, self._positions, material, self._client)
         return run.run(image.reshape(public.batch, *public.lowered.input.shape))
+
+    def _stock(self) -> Stock[ServerMaterial]:
+        if self._paired is None:
+            raise RefusedError("the session is not set up")
+        return self._paired
 
     def _ready(self) -> Public:
         if self._public is None:

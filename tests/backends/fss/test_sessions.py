@@ -136,13 +136,12 @@ def test_material_is_burnt_before_use() -> None:
     x = images(graph, 1)
     with Sessions(graph) as sessions:
         sessions.offline(SPARE)
-        first = sessions.client._store
         sessions.online(x)
-        with pytest.raises(RefusedError, match="spent"):
-            first.claim(0)
-        with pytest.raises(RefusedError, match="spent"):
-            sessions.server._store.claim(0)
-        sessions.client._store.claim(2)
+        for party in (sessions.client, sessions.server):
+            assert party._stock().entry.burnt == SPARE - 1
+            with pytest.raises(RefusedError, match="spent"):
+                party._claimed.take(0)
+        sessions.client._claimed.take(2)
         with pytest.raises(RefusedError, match="no one-time material is left"):
             sessions.client.online(x)
 
@@ -164,7 +163,7 @@ def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
         sessions.offline(SPARE)
 
         def half() -> None:
-            inference, _ = sessions.client._store.claim_next()
+            inference, _ = sessions.client._claimed.take_next()
             size = packing.size(graph.input.shape[0] * 64, plan.input_n)
             sessions.at_client.send(inference.to_bytes(8, "little") + bytes(size))
             sessions.at_client.recv()
@@ -172,9 +171,9 @@ def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
 
         with pytest.raises(ProtocolError):
             sessions.together(half, sessions.server.online)
-        for store in (sessions.client._store, sessions.server._store):
+        for party in (sessions.client, sessions.server):
             with pytest.raises(RefusedError, match="spent"):
-                store.claim(0)
+                party._claimed.take(0)
 
 
 def test_what_reaches_the_dealer() -> None:
@@ -239,8 +238,8 @@ def test_no_wrap_is_silent_and_retries_are_as_rare_as_derived(
         sessions.offline(runs)
         for _ in range(runs):
             assert np.abs(sessions.online(x) - reference).max() < ROUNDINGS * 2.0**-plan.f_x
-        assert not len(sessions.client._store) and not len(sessions.server._store)
-        used = sessions.client._store._spent + 1
+        assert not len(sessions.client._claimed) and not len(sessions.server._claimed)
+        used = sessions.client._claimed.used + 1
     rate = 1 - runs / used
     limit = plan.retry_rate
     assert used - runs > 0
@@ -279,7 +278,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
         ):
             with pytest.raises(UsageError):
                 sessions.client.online(wrong)
-        assert len(sessions.client._store) == 1
+        assert len(sessions.client._claimed) == 1
 
 
 def test_streams_never_repeat() -> None:
