@@ -13,6 +13,7 @@ import argparse
 import atexit
 import copy
 import dataclasses
+import hashlib
 import io
 import json
 import random
@@ -41,7 +42,7 @@ import numpy as np
 from fss_networks import Builder, planned
 
 from pi_system import config
-from pi_system.backends.fss import kernels, packing, prg, program, relu
+from pi_system.backends.fss import kernels, packing, pairing, prg, program, relu, store
 from pi_system.backends.fss.packing import Reader
 from pi_system.backends.fss.party import FssBackend
 from pi_system.backends.fss.plan import Plan
@@ -434,8 +435,26 @@ class Recording:
     graph: Graph
     session: str = "0" * 32
     received: dict[tuple[str, str], list[bytes]] = field(default_factory=dict)
+    names: Counter[str] = field(default_factory=Counter)
+    """Names drawn so far, by party: a replay must draw those of the recording."""
+
+    @contextmanager
+    def repeatable_names(self) -> Iterator[None]:
+        def name() -> str:
+            role = self.role or threading.current_thread().name
+            self.names[role] += 1
+            return hashlib.sha256(f"{role} {self.names[role]}".encode()).hexdigest()[:32]
+
+        self.names.clear()
+        with (
+            mock.patch.object(store, "new_id", name),
+            mock.patch.object(pairing, "new_id", name),
+            mock.patch.object(handshake, "new_session", lambda: self.session),
+        ):
+            yield
 
     def __post_init__(self) -> None:
+        self.role = ""
         log: list[tuple[Channel, bytes]] = []
         begin = Channel.__init__
 
@@ -462,6 +481,7 @@ class Recording:
             return run
 
         with (
+            self.repeatable_names(),
             mock.patch.object(Channel, "__init__", recorded),
             channels.Listener("127.0.0.1", 0) as at_server,
             channels.Listener("127.0.0.1", 0) as at_dealer,
@@ -498,10 +518,7 @@ class Recording:
             server=server, dealer=dealer, backend=FssBackend(), backend_name="fss"
         )
         shape = self.graph.input.shape
-        with (
-            mock.patch.object(handshake, "new_session", lambda: self.session),
-            client_party.Client(settings) as client,
-        ):
+        with client_party.Client(settings) as client:
             if client.model.graph.input.shape != shape:
                 raise ProtocolError("another model")
             client.setup()
@@ -512,7 +529,9 @@ class Recording:
 
     def replay(self, role: str, streams: dict[str, bytes]) -> None:
         """Run one party on what its peers are scripted to have sent."""
+        self.role = role
         with ExitStack() as stack:
+            stack.enter_context(self.repeatable_names())
             made = {
                 peer: stack.enter_context(scripted(data, peer)) for peer, data in streams.items()
             }

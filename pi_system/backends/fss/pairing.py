@@ -43,7 +43,7 @@ class Claim:
             claim = cls(**{**data, "ids": tuple(data["ids"])})
         except (TypeError, KeyError) as error:
             raise ProtocolError("the client sent no valid state of its store") from error
-        numbers = (claim.next, claim.burnt + 1, *claim.ids)
+        numbers = (claim.next, *claim.ids, *(() if claim.burnt == -1 else (claim.burnt,)))
         names = (claim.pair, claim.link, claim.link if claim.pending is None else claim.pending)
         if not all(type(n) is int and 0 <= n < 1 << 53 for n in numbers) or not all(
             is_name(name) for name in names

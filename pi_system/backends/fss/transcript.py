@@ -66,11 +66,15 @@ def setup(public: Public) -> Iterator[Message]:
         field = Field("W'", int(np.prod(op.weight_shape)), public.plan.convs[op.out].n, "b")
         yield Message("blinded weights", "server", "dealer", op.out, (field,))
     yield Message("digest", "client", "server")
+    yield Message("store", "server", "client")
+    yield Message("store", "client", "server")
+    yield Message("store", "server", "client")
 
 
 def request() -> Iterator[Message]:
     """Before the material of one or more inferences."""
-    yield Message("request", "client", "server")
+    yield Message("step", "client", "server")
+    yield Message("step", "server", "client")
     yield Message("request", "client", "dealer")
 
 

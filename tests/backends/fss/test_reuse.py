@@ -18,7 +18,7 @@ from fss_networks import Builder, Floats, Sessions, planned
 from pi_system.backends.fss import packing, ring, transcript, weights
 from pi_system.backends.fss.plan import Plan
 from pi_system.backends.fss.ring import Words
-from pi_system.backends.fss.store import Store
+from pi_system.backends.fss.store import Claimed
 from pi_system.errors import RefusedError
 from pi_system.graph.ir import Graph
 
@@ -29,15 +29,15 @@ IMPULSES = ((0, 1, 1), (1, 1, 5), (2, 5, 1))
 """One pixel per channel, so far apart that no output of a 3x3 convolution sees two of them."""
 
 
-class Unguarded(Store[Any]):
-    """A store that burns nothing: every item is handed out as often as it is asked for."""
+class Unguarded(Claimed[Any]):
+    """Material that is not spent: every item is handed out as often as it is asked for."""
 
-    def claim(self, inference: int) -> Any:
+    def take(self, inference: int) -> Any:
         return copy.deepcopy(self._items[inference])
 
-    def claim_next(self) -> tuple[int, Any]:
+    def take_next(self) -> tuple[int, Any]:
         inference = min(self._items)
-        return inference, self.claim(inference)
+        return inference, self.take(inference)
 
 
 def network() -> tuple[Graph, Plan]:
@@ -102,7 +102,7 @@ def test_without_the_guard_one_replay_gives_images_and_weights_away() -> None:
     graph, plan = network()
     x, other = victims(graph, plan)
     with Sessions(graph) as sessions:
-        sessions.client._store, sessions.server._store = Unguarded(), Unguarded()
+        sessions.client._claimed, sessions.server._claimed = Unguarded(), Unguarded()
         sessions.offline(1)
         sessions.online(x)
         sessions.online(other)
@@ -123,7 +123,7 @@ def test_with_the_guard_the_second_use_is_refused_and_gives_nothing(cheat: str) 
     x, other = victims(graph, plan)
     with Sessions(graph) as sessions:
         if cheat != "nobody":
-            getattr(sessions, cheat)._store = Unguarded()
+            getattr(sessions, cheat)._claimed = Unguarded()
         sessions.offline(1)
         sessions.online(x)
         if cheat == "client":
@@ -157,7 +157,7 @@ def send_image(sessions: Sessions, x: Floats) -> None:
     """The client's first step on an item it has used before."""
     public = sessions.client._public
     assert public is not None
-    inference, material = sessions.client._store.claim_next()
+    inference, material = sessions.client._claimed.take_next()
     image = ring.encode(x, public.plan.f_x) - material.ends.image
     masked = packing.pack(image, public.plan.input_n)
     sessions.at_client.send(inference.to_bytes(8, "little") + masked)

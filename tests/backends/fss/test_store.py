@@ -19,7 +19,7 @@ import pytest
 from fss_networks import Sessions, images, planned, residual
 
 from pi_system.backends.base import Options
-from pi_system.backends.fss import ledger
+from pi_system.backends.fss import ledger, pairing
 from pi_system.backends.fss.ledger import Entry, new_id
 from pi_system.backends.fss.material import (
     ClientCodec,
@@ -753,3 +753,20 @@ def _state(root: Path) -> dict[str, tuple[int, int]]:
         status = path.stat()
         found[str(path)] = (status.st_mtime_ns, status.st_size)
     return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"burnt": "x"}, {"burnt": -2}, {"burnt": None}, {"next": True}, {"next": 1 << 53},
+        {"ids": 3}, {"ids": [[1]]}, {"ids": "ab"}, {"link": 5}, {"pending": "x"}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_client_that_says_nonsense_of_its_store_is_a_protocol_error(
+    change: dict[str, object],
+) -> None:
+    name = "0" * 32
+    good = {"pair": name, "link": name, "pending": None, "next": 0, "burnt": -1, "ids": []}
+    assert pairing.Claim.from_json(good) is not None
+    with pytest.raises(ProtocolError):
+        pairing.Claim.from_json({**good, **change})
