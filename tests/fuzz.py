@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -405,8 +406,10 @@ def _file_targets(graph: Graph) -> list[Target]:
         config.load_toml(toml, _Settings)
 
     def pictures(data: bytes) -> None:
-        images.normalise(images.read_images(io.BytesIO(data), name="images"), graph.metadata,
-                         graph.input.shape)  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Reading `.npy`")  # made by Python 2, NumPy thinks
+            array = images.read_images(io.BytesIO(data), name="images")
+        images.normalise(array, graph.metadata, graph.input.shape)
 
     buffers = []
     for array in (np.zeros((2, 2, 4, 4), np.float32), np.zeros((1, 4, 4, 2), np.uint8)):
