@@ -26,7 +26,7 @@ def load_toml(path: Path, cls: type[T]) -> T:
             data = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     return from_mapping(data, cls, where=str(path))
 

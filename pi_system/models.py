@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import sys
+import tokenize
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,10 @@ from .graph.ir import Array, Graph, Node
 
 RANDOM_CLASSES: Final = 100
 RANDOM_INPUT: Final = (3, 32, 32)
+BAD_NPY: Final = (
+    ValueError, EOFError, MemoryError, RecursionError, SyntaxError, tokenize.TokenError,
+)  # fmt: skip
+"""What NumPy may raise for a file that is no whole ``.npy``."""
 _SEED: Final = 20230501
 _BUNDLED: Final = {"demo": "student", "demo-teacher": "teacher"}
 PLANS_NAME: Final = "plans.json"
@@ -239,7 +244,7 @@ def read_images(path: Path, graph: Graph) -> npt.NDArray[np.float32]:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except BAD_NPY as error:
         raise UsageError(f"{path} is not a .npy file of numbers: {error}") from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{path} is not a .npy file of one array")

@@ -84,6 +84,15 @@ def _party_options(function: F) -> F:
     return function
 
 
+def _store_option(function: F) -> F:
+    return click.option(
+        "--store",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Keep one-time material here, for later sessions; never copy or restore it.",
+    )(function)
+
+
 def _serving_options(function: F) -> F:
     for option in (
         click.option(
@@ -107,6 +116,11 @@ def _serving_options(function: F) -> F:
 )
 @click.option("--dealer", required=True, metavar="HOST:PORT", help="Where the dealer listens.")
 @common.plan_option
+@_store_option
+@click.option(
+    "--store-limit", type=click.IntRange(1), metavar="N",
+    help="With --store: inferences whose material one client may keep here (256).",
+)  # fmt: skip
 @_serving_options
 @_party_options
 def server(
@@ -114,6 +128,8 @@ def server(
     listen: str,
     dealer: str,
     plan: str,
+    store: Path | None,
+    store_limit: int | None,
     once: bool,
     stats: str | None,
     backend: str,
@@ -143,12 +159,15 @@ def server(
         from ..parties import server as party
 
         implementation = base.get(backend)
+        if store is not None:
+            base.open_store(implementation, store, "server", store_limit)
         graph = resolve(model)
         settings = party.ServerSettings(
             model=graph,
             sha256=graph.sha256(),
             dealer=dealer_at,
             plan=plan,
+            keeps=store is not None,
             backend=implementation,
             backend_name=backend,
             device=device,
@@ -215,13 +234,20 @@ def dealer(
 
 @cli.command()
 @click.option("--server", required=True, metavar="HOST:PORT", help="Where the server listens.")
-@click.option("--dealer", required=True, metavar="HOST:PORT", help="Where the dealer listens.")
+@click.option(
+    "--dealer", metavar="HOST:PORT",
+    help="Where the dealer listens; without it only material in --store is used.",
+)  # fmt: skip
 @click.option(
     "--images",
-    required=True,
     metavar="FILE.npy",
     help="(N, C, H, W): normalised float32, or raw uint8; '-' for stdin.",
 )
+@_store_option
+@click.option(
+    "--prepare", type=click.IntRange(1), metavar="N",
+    help="Instead of classifying, lay in --store the material of N inferences.",
+)  # fmt: skip
 @click.option(
     "--batch", type=click.IntRange(1, 1024), default=1, show_default=True,
     help="Images per inference.",
@@ -238,8 +264,10 @@ def dealer(
 @common.output_options
 def client(
     server: str,
-    dealer: str,
-    images: str,
+    dealer: str | None,
+    images: str | None,
+    store: Path | None,
+    prepare: int | None,
     batch: int,
     repeat: int,
     warmup: int,
@@ -260,30 +288,50 @@ def client(
     \b
     Example:
       pi-party client --server 127.0.0.1:7000 --dealer 127.0.0.1:7001 --images images.npy
+
+    \b
+    Dealing first, and classifying later without the dealer (the server has a --store too):
+      pi-party client --server 127.0.0.1:7000 --dealer 127.0.0.1:7001 --store stock --prepare 8
+      pi-party client --server 127.0.0.1:7000 --store stock --images images.npy
     """
     _prepare(threads, False)
     common.check_output(output)
+    if (images is None) == (prepare is None):
+        raise click.UsageError("Give either --images or --prepare.")
+    if store is None and (dealer is None or prepare is not None):
+        missing = "Without --dealer" if dealer is None else "With --prepare"
+        raise click.UsageError(f"{missing}, give the --store of the material.")
+    if dealer is None and prepare is not None:
+        raise click.UsageError("With --prepare, give the --dealer that makes the material.")
     from ..backends import base
     from ..net.link import parse
+    from ..parties import classify as session
     from ..parties.address import parse_address
-    from ..parties.classify import classify
     from ..parties.client import ClientSettings
 
+    implementation = base.get(backend)
+    if store is not None:
+        base.open_store(implementation, store, "client")
     settings = ClientSettings(
         server=parse_address(server),
-        dealer=parse_address(dealer),
-        backend=base.get(backend),
+        dealer=None if dealer is None else parse_address(dealer),
+        backend=implementation,
         backend_name=backend,
         batch=batch,
         threads=threads,
         timeouts=_timeouts(timeout, prepare_timeout),
         link=parse(network),
     )
+    if images is None:
+        if exit_with_parent:
+            _exit_with_parent()
+        _emit_stock(session.prepare(settings, prepare or 0), format_, output)
+        return
     array = _images(images)
     if exit_with_parent:
         _exit_with_parent()
     progress = _progress_lines() if exit_with_parent else lambda done, total: None
-    report = classify(settings, array, repeat=repeat, warmup=warmup, progress=progress)
+    report = session.classify(settings, array, repeat=repeat, warmup=warmup, progress=progress)
     value = report.to_json()
     rows = _predictions(value)
     if exit_with_parent:
@@ -404,6 +452,16 @@ def _predictions(report: dict[str, Any]) -> list[dict[str, Any]]:
                 },
             )
     return [rows[image] for image in sorted(rows)]
+
+
+def _emit_stock(stock: int, format_: str, output: Path | None) -> None:
+    common.emit(
+        {"stock": stock},
+        format_=format_,
+        output=output,
+        table=lambda console: console.print(f"material for {stock} inferences is in stock"),
+        rows=lambda: [{"stock": stock}],
+    )
 
 
 def _print_predictions(console: Console, rows: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import RefusedError
 from .client import Client, ClientSettings
 from .commands import MAX_LOAD
 from .images import normalise
@@ -92,6 +93,7 @@ def classify(
 
     Raises:
         UsageError: the images do not fit the model.
+        RefusedError: the session has no dealer, and the store too little material.
         PiError: the session failed.
     """
     started = time.perf_counter()
@@ -104,6 +106,11 @@ def classify(
         megabits = _bandwidth(client, settings, min(round_trips))
         batches = _batches(len(inputs), settings.batch)
         total = warmup + max(repeat, len(batches))
+        if settings.dealer is None and client.stock < total:
+            raise RefusedError(
+                f"there is one-time material for {client.stock} inferences in the store, not for "
+                f"{total}, and no dealer to make more: prepare some with a dealer first"
+            )
         inferences: list[Inference] = []
         for number in range(total):
             rows = batches[max(0, number - warmup) % len(batches)]
@@ -141,6 +148,20 @@ def _bandwidth(client: Client, settings: ClientSettings, round_trip: float) -> f
     client.load(size)
     seconds, _ = _timed(partial(client.load, size))
     return 8e-6 * size / max(seconds - round_trip, 1e-9)
+
+
+def prepare(settings: ClientSettings, count: int) -> int:
+    """Lay in one-time material for ``count`` inferences of later sessions.
+
+    Returns:
+        how many inferences there is material for then.
+
+    Raises:
+        PiError: the session failed; what was laid in before stays.
+    """
+    with Client(settings) as client:
+        client.setup()
+        return client.prepare(count)
 
 
 def _batches(count: int, batch: int) -> list[tuple[int, ...]]:

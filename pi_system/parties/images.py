@@ -25,7 +25,7 @@ def read_images(file: IO[bytes], *, name: str) -> npt.NDArray[Any]:
     """
     try:
         images: npt.NDArray[Any] = np.lib.format.read_array(_Stream(file), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
+    except models.BAD_NPY as error:
         raise IntegrityError(f"{name} is not a whole .npy file: {error}") from error
     if images.dtype not in (np.float32, np.uint8):
         raise UsageError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ...errors import UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
@@ -10,6 +12,7 @@ from . import device
 from .client import Client
 from .dealer import Dealer
 from .server import Server
+from .store import Store
 
 
 class FssBackend:
@@ -21,13 +24,28 @@ class FssBackend:
 
     name = "fss"
 
-    def server(self, graph: Graph, client: Channel, dealer: Channel, options: Options) -> Server:
-        _check(options)
-        return Server(graph, client, dealer, options)
+    def __init__(self) -> None:
+        self._store: Store | None = None
 
-    def client(self, public: Graph, server: Channel, dealer: Channel, options: Options) -> Client:
+    def open_store(self, directory: Path, role: str, limit: int | None = None) -> None:
+        """Keep material of this party in ``directory``, for all sessions from now on.
+
+        Raises:
+            PiError: see :class:`.store.Store`.
+        """
+        self._store = Store(directory, role, limit=Store.DEFAULT_LIMIT if limit is None else limit)
+
+    def server(
+        self, graph: Graph, client: Channel, dealer: Channel | None, options: Options
+    ) -> Server:
         _check(options)
-        return Client(public, server, dealer, options)
+        return Server(graph, client, dealer, options, self._store)
+
+    def client(
+        self, public: Graph, server: Channel, dealer: Channel | None, options: Options
+    ) -> Client:
+        _check(options)
+        return Client(public, server, dealer, options, self._store)
 
     def dealer(self, server: Channel, client: Channel, options: Options) -> Dealer:
         _check(options)

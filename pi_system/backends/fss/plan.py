@@ -14,6 +14,7 @@ Public and equal on all sides. See docs/protocol.md for the rules; in short:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -150,8 +151,12 @@ class Plan:
         for name, gate in self.gates.items():
             inside(gate.k, 2, MAX_K, f"k of {name}")
             inside(gate.n, 1, WORD, f"n of {name}")
-        for value in (self.input_limit, self.error, self.retry_rate):
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
+        for value, top in (
+            (self.input_limit, 2.0 ** (WORD - 2 - self.f_x)),
+            (self.error, sys.float_info.max),
+            (self.retry_rate, sys.float_info.max),
+        ):
+            if type(value) not in (int, float) or not 0 <= value <= top:
                 raise ValueError(f"{value!r} is not a size")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import device, offline, packing, plan, prg, program, weights
+from . import device, offline, packing, pairing, plan, prg, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
@@ -23,7 +23,7 @@ from .plan import PRECISIONS, Plan
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
-from .store import Store
+from .store import Claimed, Step, Stock, Store
 from .wide import from_panels, panel_shape
 
 _log = logging.getLogger(__name__)
@@ -37,12 +37,21 @@ class Server:
     images.
     """
 
-    def __init__(self, graph: Graph, client: Channel, dealer: Channel, options: Options) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        client: Channel,
+        dealer: Channel | None,
+        options: Options,
+        store: Store | None = None,
+    ) -> None:
         self._graph = graph
         self._client = client
         self._dealer = dealer
         self._options = options
-        self._store: Store[ServerMaterial] = Store()
+        self._store = store
+        self._claimed: Claimed[ServerMaterial] = Claimed()
+        self._paired: Stock[ServerMaterial] | None = None
         self._convs: dict[str, RingConv] = {}
         self._bias: dict[str, Words] = {}
         self._positions: dict[str, Index | None] = {}
@@ -56,14 +65,16 @@ class Server:
         seed = prg.fresh_seed()
         send_plan(self._client, public)
         self._client.send(seed)
-        send_graph(self._dealer, public)
+        if self._dealer is not None:
+            send_graph(self._dealer, public)
         for op in lowered.convs:
             planned = chosen.convs[op.out]
             weight, bias = weights.fixed(graph, op, chosen.f_x, planned.f_w)
-            b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
-            blinded = weight - from_panels(op, b)
-            # First, so that the dealer works while this side prepares its own kernel.
-            self._dealer.send(packing.pack(blinded, planned.n))
+            if self._dealer is not None:
+                b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
+                blinded = weight - from_panels(op, b)
+                # First, so that the dealer works while this side prepares its own kernel.
+                self._dealer.send(packing.pack(blinded, planned.n))
             bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
             source = lowered.shapes[op.source]
             where = self._options.device
@@ -71,6 +82,7 @@ class Server:
             self._bias[op.out] = bias.reshape(-1, 1, 1)
         self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
         agree(self._client.recv_json(), public, "client")
+        self._paired = pairing.meet_client(self._store, public, self._client)
         self._public = public
 
     def _plan(self) -> Plan:
@@ -94,17 +106,39 @@ class Server:
             raise IntegrityError(f"the model's {name} plan: {error}") from error
 
     def offline(self, count: int) -> None:
-        public = self._ready()
-        request = self._client.recv_json()
-        if not isinstance(request, dict) or request.get("count") != count:
-            raise ProtocolError("the client asks for another amount of material")
-        first = request.get("first")
-        if not isinstance(first, int):
-            raise ProtocolError("the client names no first inference")
-        for inference in self._store.reserve(first, count):
-            self._store.add(
-                inference, offline.receive(public, self._bias, self._client, self._dealer)
+        step = self._follow(count, claim=True)
+        for inference in step.kept:
+            self._claimed.add(inference, self._stock().load(inference))
+        self._receive(step, self._claimed.add)
+
+    @property
+    def stock(self) -> int:
+        return len(self._stock())
+
+    def prepare(self, count: int) -> int:
+        stock = self._stock()
+        if len(stock) + count > stock.limit:
+            raise RefusedError(
+                f"{count} more items of one-time material than the {len(stock)} in stock are over "
+                f"the server's limit of {stock.limit}"
             )
+        self._receive(self._follow(count, claim=False), stock.add)
+        return len(stock)
+
+    def _follow(self, count: int, *, claim: bool) -> Step:
+        """The client's step, durable here too before it is confirmed."""
+        step = Step.from_json(self._client.recv_json())
+        if step.made and self._dealer is None:
+            raise RefusedError("no one-time material is left, and the session has no dealer")
+        self._stock().follow(step, count, claim=claim)
+        self._client.send(step.link.encode())
+        return step
+
+    def _receive(self, step: Step, add: Callable[[int, ServerMaterial], None]) -> None:
+        public = self._ready()
+        for inference in step.made:
+            assert self._dealer is not None
+            add(inference, offline.receive(public, self._bias, self._client, self._dealer))
 
     def online(self) -> None:
         public = self._ready()
@@ -122,11 +156,16 @@ class Server:
         head = self._client.recv(8 + packing.size(size, public.plan.input_n))
         reader = Reader(head)
         inference = int.from_bytes(reader.raw(8), "little")
-        material = self._store.claim(inference)
+        material = self._claimed.take(inference)
         image = reader.take(size, public.plan.input_n)
         reader.done()
         run = Run(public, self._convs, self._positions, material, self._client)
         return run.run(image.reshape(public.batch, *public.lowered.input.shape))
+
+    def _stock(self) -> Stock[ServerMaterial]:
+        if self._paired is None:
+            raise RefusedError("the session is not set up")
+        return self._paired
 
     def _ready(self) -> Public:
         if self._public is None:

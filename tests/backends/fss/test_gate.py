@@ -102,6 +102,41 @@ def test_gate_on_the_whole_ring(k: int, n: int) -> None:
     assert (down, up) == (width.opening_bytes(len(x)), width.closing_bytes(len(x)))
 
 
+class Drawn:
+    """A dealer's stream whose first words are these: r in the low bits, rho on top."""
+
+    def __init__(self, words: Words) -> None:
+        self._words: Words | None = words
+        self._rest = Stream(fresh_seed(), "rest")
+
+    def words(self, count: int) -> Words:
+        made, self._words = self._words, None
+        return self._rest.words(count) if made is None else made
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 13, 64])
+def test_gate_for_every_value_and_every_mask(k: int, n: int) -> None:
+    """All x, all r and both rho, so that no case is left to chance."""
+    side = np.arange(1 << k, dtype=np.uint64)
+    x, r, rho = (a.reshape(-1) for a in np.meshgrid(side, side, np.arange(2, dtype=np.uint64)))
+    count, width, shared = x.size, Width(k, n), fresh_seed()
+    c, fresh = random_words(count), random_words(count)
+    drawn = Drawn(rho << np.uint64(63) | (random_words(count) & ~np.uint64(1 << 63)) >> np.uint64(k)
+                  << np.uint64(k) | r)  # fmt: skip
+    corrections, message = relu.deal(width, c, Stream(shared, "gate"), drawn)  # type: ignore[arg-type]
+    delta, at_server = relu.read_server_share(width, count, message)
+    assert (delta == reduce(c + r, k)).all()
+    at_client = relu.client_share(width, count, Stream(shared, "gate"), corrections)
+    opened, signs, down = relu.opening(at_server, delta, x - c, None)
+    assert (opened == reduce(x + r, k)).all()
+    up = relu.answer(at_client, fresh, Reader(down))
+    z = np.empty(count, np.uint64)
+    relu.closing(at_server, opened, signs, Reader(up), z, None)
+    expected = np.maximum(signed(x, k), 0).view(np.uint64)
+    assert (reduce(z + fresh, n) == reduce(expected, n)).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 62), st.integers(2, 64), st.data())
 def test_gate_at_every_width(k: int, n: int, data: st.DataObject) -> None:

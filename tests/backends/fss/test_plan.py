@@ -15,7 +15,7 @@ from pi_system.backends.fss.plan import HIGH, Plan, Precision, calibrate
 from pi_system.backends.fss.ring import near_edge, shift
 from pi_system.errors import ProtocolError, UsageError
 from pi_system.graph.execute import run
-from pi_system.graph.ir import Graph
+from pi_system.graph.ir import Graph, Node
 
 
 def test_a_plan_survives_json() -> None:
@@ -54,6 +54,9 @@ def test_a_false_plan_is_refused() -> None:
         changed(("output_k",), 0),
         changed(("error",), float("nan")),
         changed(("f_x",), "7"),
+        changed(("input_limit",), 10**400),
+        changed(("input_limit",), 1e300),
+        changed(("retry_rate",), 10**400),
     ):
         with pytest.raises(ProtocolError):
             Plan.from_json(wrong, lowered)
@@ -83,6 +86,20 @@ def test_opened_widths_hold_the_calibrated_range() -> None:
         plan = calibrate(graph, np.full((1, 1, 1, 1), top, np.float32), Precision(f_x=7))
         assert plan.gates[x].k >= 7 + bits + 1 + 1  # magnitude, margin, sign
         assert plan.gates[x].k <= 7 + bits + 4
+
+
+def test_long_chains_of_pools_are_planned() -> None:
+    """As deep as a graph may be: nothing walks it by recursion, or once per node."""
+    b = Builder(np.random.default_rng(0), (1, 2, 2))
+    nodes, last = list(b.nodes), "image"
+    for index in range(9_000):
+        attrs = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0)}
+        nodes.append(Node(f"p{index}", "avgpool", (last,), (1, 2, 2), attrs))
+        last = f"p{index}"
+    nodes.append(Node("flat", "flatten", (last,), (4,)))
+    nodes.append(Node("y", "linear", ("flat",), (2,)))
+    lowered = program.build(Graph(tuple(nodes), {}))
+    assert [type(op).__name__ for op in lowered.ops].count("SumPool") == 9_000
 
 
 def test_empty_layers_cost_no_round_trip() -> None:

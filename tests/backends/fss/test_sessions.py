@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,17 @@ from fss_networks import Builder, Floats, Sessions, images, planned, random_grap
 
 from pi_system.backends import base
 from pi_system.backends.base import Options
-from pi_system.backends.fss import client, masks, packing, program, server
+from pi_system.backends.fss import (
+    client,
+    kernels,
+    masks,
+    packing,
+    pairing,
+    prg,
+    program,
+    server,
+    store,
+)
 from pi_system.backends.fss.plan import HIGH, Precision, calibrated
 from pi_system.backends.fss.server import PLAN_KEY
 from pi_system.errors import IntegrityError, PiError, ProtocolError, RefusedError, UsageError
@@ -42,6 +54,37 @@ def test_random_graphs(seed: int) -> None:
     with Sessions(graph, Options(batch=batch)) as sessions:
         sessions.offline(SPARE)
         close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
+
+
+@pytest.mark.parametrize("seed", [2, 7, 19])
+def test_every_kernel_gives_the_same_session(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same seeds, byte for byte the same frames and the same logits."""
+    graph, _ = planned(random_graph(seed))
+    x = images(graph, 2)
+    for module in (store, pairing):
+        monkeypatch.setattr(module, "new_id", lambda: "0" * 32)
+    results = []
+    for level in ("numpy", "portable", "avx2", "auto"):
+        drawn: Counter[str] = Counter()
+
+        def seeded(drawn: Counter[str] = drawn) -> bytes:
+            who = sys._getframe(1).f_code.co_name  # one function of each party draws
+            drawn[who] += 1
+            return hashlib.sha256(f"{who} {drawn[who]}".encode()).digest()[:16]
+
+        monkeypatch.setattr(prg, "fresh_seed", seeded)
+        with kernels.using(level):
+            with Sessions(graph, Options(batch=2)) as sessions:
+                sessions.offline(1)
+                logits = sessions.online(x)
+            frames = [
+                (role, peer, sessions.tapes[role].received(peer))
+                for role in sessions.tapes
+                for peer in sessions.tapes
+            ]
+        results.append((logits.tobytes(), frames))
+    assert len(drawn) == 3
+    assert all(result == results[0] for result in results[1:])
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
@@ -180,13 +223,12 @@ def test_material_is_burnt_before_use() -> None:
     x = images(graph, 1)
     with Sessions(graph) as sessions:
         sessions.offline(SPARE)
-        first = sessions.client._store
         sessions.online(x)
-        with pytest.raises(RefusedError, match="spent"):
-            first.claim(0)
-        with pytest.raises(RefusedError, match="spent"):
-            sessions.server._store.claim(0)
-        sessions.client._store.claim(2)
+        for party in (sessions.client, sessions.server):
+            assert party._stock().entry.burnt == SPARE - 1
+            with pytest.raises(RefusedError, match="spent"):
+                party._claimed.take(0)
+        sessions.client._claimed.take(2)
         with pytest.raises(RefusedError, match="no one-time material is left"):
             sessions.client.online(x)
 
@@ -208,7 +250,7 @@ def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
         sessions.offline(SPARE)
 
         def half() -> None:
-            inference, _ = sessions.client._store.claim_next()
+            inference, _ = sessions.client._claimed.take_next()
             size = packing.size(graph.input.shape[0] * 64, plan.input_n)
             sessions.at_client.send(inference.to_bytes(8, "little") + bytes(size))
             sessions.at_client.recv()
@@ -216,35 +258,34 @@ def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
 
         with pytest.raises(ProtocolError):
             sessions.together(half, sessions.server.online)
-        for store in (sessions.client._store, sessions.server._store):
+        for party in (sessions.client, sessions.server):
             with pytest.raises(RefusedError, match="spent"):
-                store.claim(0)
+                party._claimed.take(0)
 
 
 def test_what_reaches_the_dealer() -> None:
     """Architecture, masks, plan, W' (uniform, fresh per setup) and seeds of masks; no more."""
     graph, plan = planned(residual())
-    seen: list[list[tuple[str, bytes]]] = []
+    seen = []
     for _ in range(2):
-        log: list[tuple[str, bytes]] = []
-        with Sessions(graph, log=log) as sessions:
+        with Sessions(graph) as sessions:
             sessions.offline(SPARE)
-            before = len(log)
+            tape = sessions.tapes["dealer"]
+            before = len(tape.frames)
             sessions.online(images(graph, 1))
-            assert len(log) == before
-        seen.append(log)
+            assert len(tape.frames) == before
+        seen.append(tape)
     lowered = program.build(graph)
     ops = lowered.convs
     head = 2  # graph, plan
-    for log in seen:
-        from_server = [data for peer, data in log if peer == "server"]
-        from_client = [data for peer, data in log if peer == "client"]
+    for tape in seen:
+        from_server, from_client = tape.received("server"), tape.received("client")
         assert len(from_server) == head + len(ops)
         assert from_server[0] == serialize.to_bytes(graph.public())
         assert set(json.loads(from_server[1])) == {"plan", "model"}
         assert [len(data) for data in from_client[1:]] == [8 + 16] * SPARE
         assert len({data[8:] for data in from_client[1:]}) == SPARE
-    first, second = ([data for peer, data in log if peer == "server"][2:] for log in seen)
+    first, second = (tape.received("server")[head:] for tape in seen)
     for op, a, b in zip(ops, first, second, strict=True):
         count, n = int(np.prod(op.weight_shape)), plan.convs[op.out].n
         x, y = (packing.unpack(data, count, n) for data in (a, b))
@@ -284,8 +325,8 @@ def test_no_wrap_is_silent_and_retries_are_as_rare_as_derived(
         sessions.offline(runs)
         for _ in range(runs):
             assert np.abs(sessions.online(x) - reference).max() < ROUNDINGS * 2.0**-plan.f_x
-        assert not len(sessions.client._store) and not len(sessions.server._store)
-        used = sessions.client._store._spent + 1
+        assert not len(sessions.client._claimed) and not len(sessions.server._claimed)
+        used = sessions.client._claimed.used + 1
         assert sessions.client.facts()["retries"] == used - runs
     rate = 1 - runs / used
     limit = plan.retry_rate
@@ -325,7 +366,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
         ):
             with pytest.raises(UsageError):
                 sessions.client.online(wrong)
-        assert len(sessions.client._store) == 1
+        assert len(sessions.client._claimed) == 1
 
 
 def test_streams_never_repeat() -> None:
