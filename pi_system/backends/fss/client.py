@@ -41,7 +41,9 @@ class Client:
             b = masks.blinding(seed, public.model, op)
             n = public.plan.convs[op.out].n
             source = public.lowered.shapes[op.source]
-            self._b[op.out] = RingConv(op, source, b, n)
+            self._b[op.out] = RingConv(
+                op, source, b, n, batch=public.batch, threads=self._options.threads, compact=True
+            )
         self._server.send_json(public.digest)
         self._public = public
 

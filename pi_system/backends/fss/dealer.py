@@ -44,7 +44,9 @@ class Dealer:
             words = packing.unpack(self._server.recv(packing.size(count, n)), count, n)
             weight = words.reshape(op.weight_shape)
             source = public.lowered.shapes[op.source]
-            blinded[op.out] = RingConv(op, source, weight, n)
+            blinded[op.out] = RingConv(
+                op, source, weight, n, batch=public.batch, threads=self._options.threads
+            )
         return blinded
 
     def _serve(self, public: Public, blinded: dict[str, RingConv]) -> None:

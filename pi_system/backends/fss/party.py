@@ -14,8 +14,8 @@ from .server import Server
 class FssBackend:
     """One round trip per ReLU layer, and none for linearized positions.
 
-    Every session runs on one thread of the CPU; the options' ``threads`` and ``device`` may ask
-    for nothing else.
+    Convolutions run on as many threads of the CPU as the options ask for, all else on one; there
+    is no other device.
     """
 
     name = "fss"
@@ -37,9 +37,7 @@ def _check(options: Options) -> None:
     """Refuse what would be ignored, and recorded in results as if it had not been.
 
     Raises:
-        UsageError: several threads, or another device than the CPU.
+        UsageError: another device than the CPU.
     """
-    if options.threads != 1:
-        raise UsageError(f"the fss backend runs on one thread, not {options.threads}: --threads 1")
     if options.device != "cpu":
         raise UsageError(f"the fss backend has no device {options.device!r}: use --device cpu")

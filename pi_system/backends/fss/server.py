@@ -55,7 +55,10 @@ class Server:
             weight, bias = weights.fixed(graph, op, chosen.f_x, planned.f_w)
             bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
             source = lowered.shapes[op.source]
-            self._convs[op.out] = RingConv(op, source, weight, planned.n, bits)
+            self._convs[op.out] = RingConv(
+                op, source, weight, planned.n, bits, batch=public.batch,
+                threads=self._options.threads,
+            )  # fmt: skip
             self._bias[op.out] = bias.reshape(-1, 1, 1)
             blinded = weight - blinding(seed, public.model, op)
             self._dealer.send(packing.pack(blinded, planned.n))
