@@ -317,7 +317,11 @@ TARGET static void NAME(store_row)(const WORDS *from, size_t pitch, int count, i
 {
     int i = 0;
 #if VB == 64
-    WORDS *near = (WORDS *)end->near;
+    const __m512i start = _mm512_set1_epi64((int64_t)(end->start << end->spare));
+    const __m512i span = _mm512_set1_epi64((int64_t)end->span);
+    const __m128i spare = _mm_cvtsi32_si128(end->spare);
+    const __m128i shift = _mm_cvtsi32_si128(end->spare + end->f);
+    __mmask8 found = 0;
     for (; i < count; i += L) {
         __mmask8 mask = NAME(within)(i, count);
         WORDS t[L];
@@ -332,19 +336,14 @@ TARGET static void NAME(store_row)(const WORDS *from, size_t pitch, int count, i
             if (add)
                 t[l] += (WORDS)_mm512_maskz_loadu_epi64(mask, add + l * plane + i);
             if (end->on) {
-                __m512i v = (__m512i)t[l], start = _mm512_set1_epi64((int64_t)end->start);
-                __m512i span = _mm512_set1_epi64((int64_t)end->span);
-                __m128i spare = _mm_cvtsi32_si128(end->spare);
-                __mmask8 found = _mm512_mask_cmplt_epu64_mask(
-                    mask, _mm512_sll_epi64(_mm512_sub_epi64(v, start), spare), span);
-                *near = (WORDS)_mm512_mask_set1_epi64((__m512i)*near, found, -1);
-                v = _mm512_sra_epi64(_mm512_sll_epi64(v, spare),
-                                     _mm_cvtsi32_si128(end->spare + end->f));
-                t[l] = (WORDS)v;
+                __m512i v = _mm512_sll_epi64((__m512i)t[l], spare);
+                found |= _mm512_mask_cmplt_epu64_mask(mask, _mm512_sub_epi64(v, start), span);
+                t[l] = (WORDS)_mm512_sra_epi64(v, shift);
             }
             _mm512_mask_storeu_epi64(y + l * plane + i, mask, (__m512i)t[l]);
         }
     }
+    end->near[0] |= found;
 #elif VB == 32
     WORDS *near = (WORDS *)end->near;
     if (lanes == 4)
@@ -536,8 +535,16 @@ INLINE void NAME(tiles_out)(int tall, int wide, const struct pi_ringconv *h, str
         int image = task / vectors / b->rows, top = (b->row + r) * tall_m;
         int rows = h->out_height - top < tall_m ? h->out_height - top : tall_m;
         const uint64_t *m = b->m + (size_t)(task / vectors) * h->columns * h->panels * PANEL + o;
+        int lanes = h->out_group - o < L ? h->out_group - o : L;
+        size_t at = (size_t)image * h->image_out + (size_t)o * h->plane +
+                    (size_t)top * h->out_width;
         for (int t = 0; t < h->columns; t++, m += h->panels * PANEL) {
             WORDS half[9][4];
+            if (b->add && t * wide_m % 8 == 0)
+                for (int l = 0; l < lanes; l++)
+                    for (int i = 0; i < rows; i++)
+                        __builtin_prefetch(b->add + at + l * h->plane +
+                                               (size_t)i * h->out_width + t * wide_m, 1, 3);
 #pragma GCC unroll 9
             for (int j = 0; j < wide_p; j++) {
                 WORDS d[9];
@@ -558,10 +565,7 @@ INLINE void NAME(tiles_out)(int tall, int wide, const struct pi_ringconv *h, str
                     band[i * columns + t * wide_m + j] = (y[j] * odd) >> shift;
             }
         }
-        int lanes = h->out_group - o < L ? h->out_group - o : L;
-        for (int i = 0; i < rows; i++) {
-            size_t at = (size_t)image * h->image_out + (size_t)o * h->plane +
-                        (size_t)(top + i) * h->out_width;
+        for (int i = 0; i < rows; i++, at += (size_t)h->out_width) {
             NAME(store_row)(band + (size_t)i * columns, 1, h->out_width, lanes, b->y + at,
                             b->add ? b->add + at : NULL, h->plane, &b->end);
         }
