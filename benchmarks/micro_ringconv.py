@@ -4,7 +4,8 @@
 
 One thread, unless more are asked for. All layers run one after another, as in an inference, so
 that weights come from memory; layers of one shape share their input, and what is added (the
-server's h, different for every layer) is replaced by the result. The figure of a layer class is the least of all rounds, and ratios compare those sums.
+server's h, another for every layer) is replaced by the truncated result. The figure of a layer
+class is the least of all rounds, and ratios compare those sums.
 """
 
 from __future__ import annotations
@@ -137,8 +138,15 @@ def main() -> None:
     layers = resnet18()
     begin = time.perf_counter()
     steps, chosen, held = ring_steps(
-        layers, args.n, args.batch, args.bits, not args.no_winograd, args.force, args.threads,
-        args.instructions, kernels,
+        layers,
+        args.n,
+        args.batch,
+        args.bits,
+        not args.no_winograd,
+        args.force,
+        args.threads,
+        args.instructions,
+        kernels,
     )
     spent = time.perf_counter() - begin
     ring, ring_whole = least(steps, args.rounds)

@@ -256,7 +256,7 @@ static const char label_avx2[] = "avx2";
 #define VB 32
 #define ROWS 1
 #define DIGIT_NS 0.4
-#define WORD_NS 8
+#define WORD_NS 4.8
 #define TRANSFORM_NS 1
 /* In assembly: compilers reorder the sums until they spill. */
 #define MADD(c, d, w, x)                                                                      \
@@ -662,19 +662,22 @@ static double estimate(const struct pi_ringconv *h, int scheme, int digits, int 
     if (scheme == PLAIN)
         return (0.6 * pixels * count + 20.0 * h->out) * taps;
     bool direct = scheme == DIRECT;
-    double rows = pixels, products = direct ? 1 : a->tall->points * a->wide->points;
+    double rows = pixels, panels = (double)h->panels * h->groups;
     if (!direct)
         rows = (double)tiles(h->out_height, a->tall) * tiles(h->out_width, a->wide) * batch;
-    double panels = (double)h->panels * h->groups, sets = taps;
-    if (!direct)
-        sets = a->tall->rows * a->wide->rows;
+    double pairs = (double)h->pairs * (direct ? taps : 1);
     double pair = digits ? digits * h->isa->digit_ns * 1.1 : h->isa->word_ns;
-    double multiply = rows * products * panels * (h->pairs * (direct ? taps : 1) * pair + 3);
-    double stream = sets * h->pairs * panels * (digits ? 64 : 256) / 25;
+    double multiply = rows * panels * (pairs * pair + 3);
+    double stream = pairs * panels * (digits ? 64 : 256) / 25, products = 0;
+    for (int set = 0; set < (direct ? 1 : a->tall->rows * a->wide->rows); set++) {
+        int uses = direct;
+        for (int p = 0; !direct && p < a->tall->points * a->wide->points; p++)
+            uses += set_of(a, p) == set;
+        products += 0.15 * stream + (multiply * uses > stream ? multiply * uses : stream);
+    }
     double in = (direct ? 2.0 * h->stride_h * h->stride_w : a->in) * ((h->in_group + 3) / 4);
     double out = (direct ? 3.0 : a->out) * ((h->out_group + 3) / 4);
-    double most = multiply > stream ? multiply : stream;
-    return most + 0.15 * stream + rows * (in + out) * h->groups * h->isa->transform;
+    return products + rows * (in + out) * h->groups * h->isa->transform;
 }
 
 static void choose_blocks(struct pi_ringconv *h)

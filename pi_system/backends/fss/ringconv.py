@@ -17,7 +17,8 @@ plain          shapes that fill no vector      n <= 64
 =============  ==============================  =================================================
 
 Weights of any size work; products are fastest while those at the points of the chosen algorithm
-fit 16 bits. Wider ones are multiplied as words. No branch and no address depends on the words convolved, only on the weights.
+fit 16 bits. Wider ones are multiplied as words. No branch and no address depends on the words
+convolved, only on the weights.
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     sources = sorted((ROOT / "native").glob("ringconv*.c"))
     if compiler is not None and sources:
         target = tmp_path_factory.mktemp("native") / "ringconv.so"
-        flags = ["-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
-                 "-pthread"]
+        flags = ["-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, "-o", target, *sources], check=True)
         return ringconv.load(target)
     found = ringconv.library()
