@@ -30,11 +30,19 @@ def check(name: str) -> None:
 
 
 def narrow(
-    name: str, op: Conv, source: tuple[int, ...], weight: Words, n: int, bits: int
+    name: str,
+    op: Conv,
+    source: tuple[int, ...],
+    weight: Words,
+    n: int,
+    bits: int,
+    *,
+    batch: int = 1,
+    threads: int = 1,
 ) -> RingConv:
     """A convolution with weights in [-2^(bits-1), 2^(bits-1)): the server's."""
     if name == "cpu":
-        return RingConv(op, source, weight, n, bits)
+        return RingConv(op, source, weight, n, bits, batch=batch, threads=threads)
     from . import limbs
 
     return limbs.TorchConv(op, source, weight, n, bits, device=limbs.find(name))

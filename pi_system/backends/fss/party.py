@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
@@ -18,8 +17,9 @@ from .store import Store
 class FssBackend:
     """One round trip per ReLU layer, and none for linearized positions.
 
-    Every session runs on one thread; the options' ``threads`` may ask for nothing else. Server
-    and dealer can compute their linear layers on another device (see :mod:`device`).
+    The server's convolutions run on as many threads of the CPU as the options ask for, all else
+    on one. Server and dealer can compute their linear layers on another device (see
+    :mod:`device`).
     """
 
     name = "fss"
@@ -56,8 +56,6 @@ def _check(options: Options) -> None:
     """Refuse what would be ignored, and recorded in results as if it had not been.
 
     Raises:
-        UsageError: several threads, or a device that is not there.
+        UsageError: a device that is not there.
     """
-    if options.threads != 1:
-        raise UsageError(f"the fss backend runs on one thread, not {options.threads}: --threads 1")
     device.check(options.device)

@@ -78,7 +78,10 @@ class Server:
             bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
             source = lowered.shapes[op.source]
             where = self._options.device
-            self._convs[op.out] = device.narrow(where, op, source, weight, planned.n, bits)
+            self._convs[op.out] = device.narrow(
+                where, op, source, weight, planned.n, bits,
+                batch=public.batch, threads=self._options.threads,
+            )  # fmt: skip
             self._bias[op.out] = bias.reshape(-1, 1, 1)
         self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
         agree(self._client.recv_json(), public, "client")

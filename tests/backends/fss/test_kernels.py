@@ -195,11 +195,12 @@ def test_truncation_and_zone_check(n: int, seed: int, data: st.DataObject) -> No
     add = np.zeros((1, *op.shape), np.uint64)
     weight = np.ones(op.weight_shape, np.uint64)
     with kernels.using("numpy"):
-        expected, near = RingConv(op, source, weight, n, 2).truncated(x, add, f, bound)
+        expected, near = RingConv(op, source, weight, n, 2).truncated(x, add.copy(), f, bound)
         assert near == (bool(bound) and ring.near_edge(x, n, bound))
     for level in LEVELS:
         with kernels.using(level):
-            value, found = RingConv(op, source, weight, n, 2).truncated(x, add, f, bound)
+            conv = RingConv(op, source, weight, n, 2)
+            value, found = conv.truncated(x, add.copy(), f, bound)
         assert (value == expected).all() and found == near
 
 

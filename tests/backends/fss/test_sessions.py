@@ -87,11 +87,11 @@ def test_every_kernel_gives_the_same_session(seed: int, monkeypatch: pytest.Monk
     assert all(result == results[0] for result in results[1:])
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
-def test_residual_network_in_high_precision(keep: float) -> None:
+@pytest.mark.parametrize(("keep", "threads"), [(0.0, 1), (0.5, 1), (0.5, 3), (1.0, 2)])
+def test_residual_network_in_high_precision(keep: float, threads: int) -> None:
     graph, plan = planned(residual(keep=keep), HIGH)
     x = images(graph, 2)
-    with Sessions(graph, Options(batch=2)) as sessions:
+    with Sessions(graph, Options(batch=2, threads=threads)) as sessions:
         sessions.offline(SPARE)
         close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
 
