@@ -16,6 +16,7 @@ from pi_system.backends.fss.plan import Precision
 from pi_system.backends.fss.prg import Stream
 from pi_system.backends.fss.ring import Words
 from pi_system.backends.fss.transcript import Message, Role
+from pi_system.backends.fss.wide import panel_shape
 from pi_system.bench import uniformity
 from pi_system.graph.ir import Graph
 
@@ -460,12 +461,21 @@ def test_no_frame_holds_the_image_or_the_weights(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(masks.Bundle, "stream", stream)
     assert holders(graph, x)["server"] == {"image"}
     monkeypatch.setattr(
-        "pi_system.backends.fss.server.blinding",
-        lambda seed, model, op: np.zeros(op.weight_shape, np.uint64),
+        "pi_system.backends.fss.server.blinding", lambda seed, model, op: _Nothing()
     )
     with pytest.MonkeyPatch.context() as more:
         more.setattr(
             "pi_system.backends.fss.masks.blinding",
-            lambda seed, model, op: np.zeros(op.weight_shape, np.uint64),
+            lambda seed, model, op: np.zeros(panel_shape(op), np.uint64),
         )
         assert "weights" in holders(graph, x)["dealer"]
+
+
+class _Nothing:
+    """A key stream of zeros."""
+
+    def open(self) -> _Nothing:
+        return self
+
+    def words(self, count: int) -> Words:
+        return np.zeros(count, np.uint64)
