@@ -245,7 +245,7 @@ def network() -> Graph:
 
 def decoders(graph: Graph) -> list[Target]:
     lowered = program.build(graph)
-    plan = Plan.from_json(graph.metadata["fss_plan"], lowered)
+    plan = Plan.from_json(graph.metadata["fss_plan"]["default"], lowered)
     plan_text = json.dumps({"plan": plan.to_json(), "model": "0" * 64}).encode()
     graph_bytes = serialize.to_bytes(graph)
     bare = dataclasses.replace(graph, metadata={"name": "bare"}).public()
