@@ -14,6 +14,7 @@ from .loop import Run, Stage, derive_seed
 from .recipe import Recipe
 
 FOLDER = "teacher"
+OUTPUT = "teacher.json"
 
 
 class TeacherStage(Stage):
@@ -55,28 +56,29 @@ def masked(run: Run, model: nn.Module) -> fx.GraphModule:
 
 
 def train(run: Run) -> fx.GraphModule:
-    """Train the teacher, or go on with it, and save it in ``teacher/`` of the run directory.
+    """Train the teacher, or go on with it, and save it in ``teacher/``.
 
     Returns:
         The masked network with full masks, in evaluation mode.
     """
-    stage = TeacherStage(run)
-    stage.fit()
-    model = masked(run, stage.model).eval()
-    path = run.directory / FOLDER
-    if not (path / "manifest.json").exists():
-        total = count_relus(model).total
+    path = run.folder(TeacherStage.name) / FOLDER
+    if run.read_json(OUTPUT, TeacherStage.name) is None:
+        stage = TeacherStage(run)
+        stage.fit()
+        model = masked(run, stage.model).eval()
+        measured = stage.rows[-1].validation_accuracy
         checkpoint.save(
             path,
             model,
             manifest(
                 run,
-                budget=total,
+                budget=count_relus(model).total,
                 method="teacher",
                 source="trained from random weights",
-                validation_accuracy=stage.rows[-1].validation_accuracy,
+                validation_accuracy=measured,
             ),
         )
+        run.write_json(OUTPUT, stage.name, {"validation_accuracy": measured})
     return checkpoint.load(path)[0]
 
 
@@ -97,7 +99,7 @@ def manifest(
         relu_kept=0,
         method=method,
         recipe=recipe.name,
-        seed=recipe.seed,
+        seed=recipe.seed if method == "teacher" else recipe.seed_of("finetune"),
         source=source,
         validation_accuracy=validation_accuracy,
     )
