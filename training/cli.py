@@ -40,6 +40,7 @@ from . import sensitivity as sensitivity_module
 from . import sweep as sweep_module
 from . import teacher as teacher_module
 from .loop import Reporter, Row, Run, derive_seed
+from .ranks import Ranks, joined
 from .recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -121,6 +122,8 @@ def describe(row: Row) -> str:
 
 def emit(rows: Sequence[dict[str, Any]], output_format: str, output: Path | None) -> None:
     """Write ``rows`` as a table, JSON list or CSV to ``output``, or to stdout."""
+    if not Ranks.here().first:
+        return
     if output_format == "json":
         text = json.dumps(list(rows), indent=2) + "\n"
     elif output_format == "csv":
@@ -207,10 +210,14 @@ def _open(recipe_name: str, data_path: Path, directory: Path, shared: Path | Non
 
 
 def _run(chosen: Recipe, data_path: Path, directory: Path, shared: Path | None) -> Run:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    reporter: Reporter = BarReporter() if sys.stderr.isatty() else LineReporter()
+    ranks = click.get_current_context().with_resource(joined())
+    level = logging.INFO if ranks.first else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    reporter = Reporter()
+    if ranks.first:
+        reporter = BarReporter() if sys.stderr.isatty() else LineReporter()
     dataset = data_module.load(chosen.dataset, data_path)
-    return Run(directory, chosen, dataset, reporter, shared)
+    return Run(directory, chosen, dataset, reporter, shared, ranks)
 
 
 @click.group(cls=Group)

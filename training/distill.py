@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pi_system import checkpoint
-from pi_system.nn import relu_sites, with_activations
+from pi_system.nn import count_relus, relu_sites, with_activations
 
 from . import teacher as teacher_module
 from .loop import Run, Stage
@@ -54,7 +54,7 @@ class FinetuneStage(Stage):
         )
         teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
         channels_last(teacher)
-        self._teacher = run.compiled(with_activations(teacher.eval(), sites))
+        self._teacher = run.compiled(with_activations(teacher.eval(), sites), trained=False)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -73,24 +73,23 @@ def run_stage(run: Run, teacher: fx.GraphModule, start: fx.GraphModule) -> fx.Gr
     if run.read_json(OUTPUT, FinetuneStage.name) is None:
         stage = FinetuneStage(run, teacher, start)
         stage.fit()
-        manifest = checkpoint.save(
+        measured = stage.rows[-1].validation_accuracy
+        teacher_module.save(
+            run,
             path,
             stage.model,
-            teacher_module.manifest(
-                run,
-                budget=run.recipe.relu_budget,
-                method=run.recipe.method,
-                source="distilled from the teacher of the same recipe",
-                validation_accuracy=stage.rows[-1].validation_accuracy,
-            ),
+            budget=run.recipe.relu_budget,
+            method=run.recipe.method,
+            source="distilled from the teacher of the same recipe",
+            validation_accuracy=measured,
         )
         run.write_json(
             OUTPUT,
             stage.name,
             {
                 "stage_sites": list(stage_sites(stage.model)),
-                "relu_kept": manifest.relu_kept,
-                "validation_accuracy": manifest.validation_accuracy,
+                "relu_kept": count_relus(stage.model).kept,
+                "validation_accuracy": measured,
             },
         )
     return checkpoint.load(path)[0]

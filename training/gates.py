@@ -67,7 +67,7 @@ class GateStage(Stage):
         self._step = run.compiled(Distill(view, settings.ce, settings.kl, settings.temperature))
         teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
         channels_last(teacher)
-        self._teacher = run.compiled(teacher.eval())
+        self._teacher = run.compiled(teacher.eval(), trained=False)
         self._before: dict[str, Tensor] = {}
 
     def groups(self) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from pi_system.errors import IntegrityError, PiError, UsageError
 
 from . import data
 from .data import Dataset, Images
+from .ranks import Ranks
 from .recipe import STAGES, STUDENT_STAGES, Optimizer, Phase, Recipe
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Run:
     dataset: Dataset
     reporter: Reporter = field(default_factory=Reporter)
     shared: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def folder(self, stage: str) -> Path:
         """The directory that holds what ``stage`` writes."""
@@ -91,16 +93,30 @@ class Run:
         seed = derive_seed(self.recipe.seed, "split", 0)
         return data.split(self.dataset.train, self.recipe.validation, seed)
 
-    def compiled(self, model: nn.Module) -> Callable[..., Any]:
-        """``model`` through ``torch.compile`` where the recipe says so."""
+    def compiled(self, model: nn.Module, *, trained: bool = True) -> Callable[..., Any]:
+        """``model`` through ``torch.compile`` where the recipe says so.
+
+        Args:
+            trained: its gradients are those of the global batch, over all ranks.
+        """
+        if trained:
+            model = self.ranks.wrap(model)
         return torch.compile(model, dynamic=False) if self.recipe.compile else model
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Whether this rank writes; none goes on before that is done."""
+        yield self.ranks.first
+        self.ranks.wait()
 
     def write_json(self, name: str, stage: str, document: dict[str, Any]) -> None:
         """Write ``name``, the output of ``stage``, whole, with the digest of what it is from."""
         document = {"stage": stage, "digest": self.recipe.digest(stage)} | document
         folder = self.folder(stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / name, (json.dumps(document, indent=2) + "\n").encode())
+        with self.writing() as mine:
+            if mine:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(folder / name, (json.dumps(document, indent=2) + "\n").encode())
 
     def read_json(self, name: str, stage: str) -> dict[str, Any] | None:
         """Read ``name``, the output of ``stage``, if it is there and of this very recipe.
@@ -200,10 +216,11 @@ class Stage:
         """
         self.restore()
         train, validation = self.run.split()
-        if len(train) < self.run.recipe.batch:
-            raise UsageError(
-                f"{len(train)} training images do not fill one batch of {self.run.recipe.batch}"
-            )
+        batch = self.run.recipe.batch
+        if len(train) < batch:
+            raise UsageError(f"{len(train)} training images do not fill one batch of {batch}")
+        if batch % self.run.ranks.size:
+            raise UsageError(f"{self.run.ranks.size} ranks cannot share a batch of {batch}")
         self.run.reporter.begin(self.name, self.epochs, self.done)
         with _threads(self.run.recipe.threads):
             if not self.done:
@@ -212,7 +229,6 @@ class Stage:
                 row = self._epoch(self.done, train, validation)
                 self.rows.append(row)
                 self._save()
-                write_metrics(self.run.folder(self.name))
                 self.run.reporter.epoch(row)
         self.run.reporter.end(self.name)
         self.model.eval()
@@ -243,6 +259,7 @@ class Stage:
             rate = self.settings.schedule.at(fraction)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group.get("scale", 1.0)
+            images, labels = self.run.ranks.part(images), self.run.ranks.part(labels)
             self.optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss, logits = self.loss(images.contiguous(memory_format=layout), labels)
@@ -259,6 +276,8 @@ class Stage:
             correct += int((logits.argmax(1) == labels).sum())
             self.run.reporter.step(self.name, (epoch + (step + 1) / steps) / self.epochs, value)
         hamming = self.after_epoch(epoch)
+        totals = torch.tensor([total_loss / self.run.ranks.size, correct], dtype=torch.float64)
+        self.run.ranks.sum([totals])
         measured = None
         if len(validation):
             measured = accuracy(self.model, validation, self.run.dataset)
@@ -267,8 +286,8 @@ class Stage:
             epoch=epoch + 1,
             epochs=self.epochs,
             lr=rate,
-            loss=total_loss / steps,
-            train_accuracy=correct / (steps * recipe.batch),
+            loss=float(totals[0]) / steps,
+            train_accuracy=float(totals[1]) / (steps * recipe.batch),
             validation_accuracy=measured,
             hamming=hamming,
             seconds=round(time.perf_counter() - started, 2),
@@ -298,11 +317,14 @@ class Stage:
         }
         tensors = {k: v.detach().contiguous() for k, v in self._tensors().items()}
         folder = self.run.folder(self.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            state_path(folder, self.name),
-            dump_tensors(tensors, metadata={"state": json.dumps(document)}),
-        )
+        with self.run.writing() as mine:
+            if mine:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(
+                    state_path(folder, self.name),
+                    dump_tensors(tensors, metadata={"state": json.dumps(document)}),
+                )
+                write_metrics(folder)
 
     def restore(self) -> None:
         """Take over the state on disk, if there is one.

@@ -172,7 +172,7 @@ class MaskStage(Stage):
         )
         teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
         channels_last(teacher)
-        self._teacher = run.compiled(with_activations(teacher.eval(), names))
+        self._teacher = run.compiled(with_activations(teacher.eval(), names), trained=False)
         self._mismatch: list[Tensor] = []
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,6 +195,7 @@ class MaskStage(Stage):
 
     def after_epoch(self, epoch: int) -> float | None:
         old = {name: site.mask.clone() for name, site in self.sites.items()}
+        self.run.ranks.sum(self._mismatch)
         self._choose(self._mismatch)
         self._mismatch = []
         return hamming(old, {name: site.mask for name, site in self.sites.items()})

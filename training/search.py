@@ -51,8 +51,10 @@ def run_stage(run: Run, teacher: fx.GraphModule, rule: Rule) -> fx.GraphModule:
         found, hamming = gates.result(), [row.hamming for row in gates.rows]
     count = count_relus(found)
     found_masks = {name: site.mask.contiguous() for name, site in relu_sites(found).items()}
-    run.directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.directory / MASKS, dump_tensors(found_masks))
+    with run.writing() as mine:
+        if mine:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(run.directory / MASKS, dump_tensors(found_masks))
     run.write_json(
         OUTPUT,
         "masks",

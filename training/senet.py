@@ -68,7 +68,9 @@ def train(run: Run) -> list[Result]:
     distill.run_stage(run, *find_masks(run))
     results = []
     for directory in (run.folder("teacher") / teacher.FOLDER, run.directory / distill.FOLDER):
-        record_test(directory, run.dataset)
+        with run.writing() as mine:
+            if mine:
+                record_test(directory, run.dataset)
         results.append(figures(directory))
     return results
 

@@ -98,9 +98,11 @@ def run(jobs: tuple[Job, ...], base: Run, results: Path) -> Iterator[dict[str, A
         run = dataclasses.replace(base, directory=directory, recipe=job.recipe)
         senet.train(run)
         document = result(job, run)
-        results.mkdir(parents=True, exist_ok=True)
         text = json.dumps(document, indent=1) + "\n"
-        write_atomic(results / f"{job.name}.json", text.encode())
+        with run.writing() as mine:
+            if mine:
+                results.mkdir(parents=True, exist_ok=True)
+                write_atomic(results / f"{job.name}.json", text.encode())
         yield document
 
 
