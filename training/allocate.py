@@ -129,6 +129,8 @@ class Rule:
         rule, layers = self._recipe.allocate.rule, self.count.layers
         if rule == "search":
             return None
+        if rule == "given":
+            return self._given(budget)
         if rule == "whole-layers":
             caps = [layer.total for layer in layers]
             values = [self.sensitivity[layer.name] for layer in layers]
@@ -142,6 +144,28 @@ class Rule:
             rounded = whole_channels(list(budgets.values()), [layer.shape for layer in layers])
             budgets = dict(zip(budgets, rounded, strict=True))
         return budgets
+
+    def _given(self, budget: int) -> dict[str, int]:
+        layers, given = self.count.layers, self._recipe.allocate.relus
+        if len(given) != len(layers) or any(
+            kept > layer.total for kept, layer in zip(given, layers, strict=False)
+        ):
+            totals = ", ".join(str(layer.total) for layer in layers)
+            raise UsageError(f"allocate.relus does not fit layers of {totals}")
+        if sum(given) > self._recipe.relu_budget:
+            raise UsageError(
+                f"allocate.relus keeps {sum(given)} ReLUs, "
+                f"over the relu_budget of {self._recipe.relu_budget}"
+            )
+        # A search that starts from more ReLUs shrinks towards the given numbers.
+        more = fill(
+            max(budget - sum(given), 0),
+            [layer.total - kept for layer, kept in zip(layers, given, strict=True)],
+            [float(layer.total) for layer in layers],
+        )
+        return {
+            layer.name: kept + extra for layer, kept, extra in zip(layers, given, more, strict=True)
+        }
 
 
 def run_stage(run: Run, count: ReLUCount, sensitivity: Mapping[str, float]) -> Rule:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from pi_system import checkpoint
+from pi_system.bench import cost
 from pi_system.checkpoint import write_atomic
 from pi_system.errors import PiError, UsageError
 
@@ -32,6 +34,7 @@ from . import allocate as allocate_module
 from . import data as data_module
 from . import distill, search
 from . import evaluate as evaluate_module
+from . import network as network_module
 from . import pictures as pictures_module
 from . import recipe as recipe_module
 from . import report as report_module
@@ -277,25 +280,70 @@ def sensitivity(pictures: bool, output_format: str, output: Path | None, **where
     emit([{k: layer[k] for k in shown} for layer in document["layers"]], output_format, output)
 
 
+def _milliseconds(context: click.Context, parameter: click.Parameter, text: str | None) -> Any:
+    if text is None:
+        return None
+    number, scale = (text[:-2], 1) if text.endswith("ms") else (text.removesuffix("s"), 1000)
+    try:
+        value = float(number) * scale
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{text!r} is no time; give 400ms or 0.4s")
+    return value
+
+
 @cli.command()
 @_run_options
 @_PICTURES
+@click.option(
+    "--target-latency",
+    "target",
+    callback=_milliseconds,
+    metavar="TIME",
+    help="Choose the budget too: the best layer budgets with this online latency (400ms, 0.4s).",
+)
+@click.option("--network", default="wan", show_default=True, help="As in pi-bench run.")
+@click.option(
+    "--measured",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Results of pi-bench run on loopback of this network, at least two ReLU counts.",
+)
 @_output_options
-def allocate(pictures: bool, output_format: str, output: Path | None, **where: Any) -> None:
+def allocate(
+    pictures: bool,
+    target: float | None,
+    network: str,
+    measured: tuple[Path, ...],
+    output_format: str,
+    output: Path | None,
+    **where: Any,
+) -> None:
     """Divide the budget over the layers: RUN/allocation.json, RUN/allocation.png.
 
+    With --target-latency the result is RUN/network.json: which layers to empty, each of which
+    saves a round trip, and what the others keep. Put it into a recipe as allocate.rule "given".
+
     \b
-    Example:
+    Examples:
       pi-train allocate --recipe quick --data cifar-10-binary.tar.gz --run runs/quick
+      pi-train allocate --recipe quick --data cifar-10-binary.tar.gz --run runs/quick \\
+          --target-latency 300ms --network wan --measured few.json --measured all.json
     """
     run = _open(**where)
-    senet_module.measure(run)
-    document = run.read_json(allocate_module.OUTPUT, "masks")
-    assert document is not None
-    if document["rule"] == "search":
-        raise UsageError("the recipe's allocate.rule is search: pi-train masks finds the budgets")
+    if target is not None:
+        document = network_module.run_stage(run, cost.load(measured), network, target)
+        name = network_module.OUTPUT
+    else:
+        senet_module.measure(run)
+        found = run.read_json(allocate_module.OUTPUT, "masks")
+        assert found is not None
+        document, name = found, allocate_module.OUTPUT
+        if document["rule"] == "search":
+            raise UsageError("allocate.rule is search: pi-train masks finds the budgets")
     if pictures:
-        pictures_module.budgets(document, run.directory / "allocation.png")
+        pictures_module.budgets(document, (run.directory / name).with_suffix(".png"))
     emit(document["layers"], output_format, output)
 
 

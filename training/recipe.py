@@ -149,17 +149,21 @@ class Allocate:
     """How a budget becomes layer budgets.
 
     ``rule``: ``senet`` (water-filling by sensitivity), ``uniform`` (the same part of every
-    layer), ``whole-layers`` (layers are kept whole or dropped, after DeepReDuce), or ``search``:
-    the mask search compares positions of all layers with each other.
+    layer), ``whole-layers`` (layers are kept whole or dropped, after DeepReDuce), ``given``
+    (``relus``, one number per layer, such as ``pi-train allocate --target-latency`` finds), or
+    ``search``: the mask search compares positions of all layers with each other.
 
     A site whose share is under ``min_relus`` keeps none, under ``senet`` and ``uniform``.
     """
 
     rule: str = "senet"
     min_relus: int = 0
+    relus: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("rule", self.rule, ("senet", "uniform", "whole-layers", "search"))
+        _one_of("rule", self.rule, ("senet", "uniform", "whole-layers", "given", "search"))
+        if (self.rule == "given") != bool(self.relus) or any(count < 0 for count in self.relus):
+            raise UsageError("relus, none of them negative, goes with the rule given and no other")
         if self.min_relus < 0:
             raise UsageError(f"min_relus must not be negative, got {self.min_relus}")
 
