@@ -38,34 +38,41 @@ def budgets(
 ) -> list[int]:
     """ReLUs per layer that meet ``target_ms`` at the greatest value.
 
-    Layers are emptied one after another, each time the one that leaves the most value, and the
-    best of these allocations is taken.
+    Layers are emptied one after another, each time the one that leaves the most value; at every
+    number of layers, full and empty ones change places as long as that gains. The best of these
+    allocations is taken.
 
     Raises:
         UsageError: not even a network without ReLUs meets the target.
     """
+
+    def worth(chosen: Sequence[int]) -> tuple[bool, float]:
+        relus = _share(chosen, caps, sensitivity, cost, link, target_ms)
+        if relus is None:
+            # Nothing fits yet: the layers of the least sensitivity go first.
+            return False, sum(sensitivity[i] for i in chosen)
+        return True, value(relus, sensitivity)
+
     kept = list(range(len(caps)))
-    best: tuple[float, list[int]] | None = None
-    while True:
-        relus = _share(kept, caps, sensitivity, cost, link, target_ms)
-        if relus is not None:
-            worth = value(relus, sensitivity)
-            if best is None or worth > best[0]:
-                best = worth, relus
-        if not kept:
-            break
-        rest = [[i for i in kept if i != drop] for drop in kept]
-        # Where nothing fits yet, the layers of the least sensitivity go first.
-        kept = max(
-            rest, key=lambda chosen: _worth(chosen, caps, sensitivity, cost, link, target_ms)
-        )
+    found = [kept]
+    while kept:
+        kept = max(([i for i in kept if i != out] for out in kept), key=worth)
+        while True:
+            empty = [i for i in range(len(caps)) if i not in kept]
+            swaps = [[i for i in kept if i != out] + [new] for out in kept for new in empty]
+            other = max(swaps, key=worth, default=kept)
+            if worth(other) <= worth(kept):
+                break
+            kept = other
+        found.append(kept)
+    best = _share(max(found, key=worth), caps, sensitivity, cost, link, target_ms)
     if best is None:
         lowest = cost.latency_ms([0] * len(caps), link)
         raise UsageError(
             f"no allocation meets {target_ms:g} ms over {link.name}: "
             f"without any ReLU it takes {lowest:.1f} ms"
         )
-    return best[1]
+    return best
 
 
 def _share(
@@ -81,20 +88,6 @@ def _share(
         return None
     inside = [cap if i in kept else 0 for i, cap in enumerate(caps)]
     return fill(min(budget, sum(inside)), inside, sensitivity)
-
-
-def _worth(
-    kept: Sequence[int],
-    caps: Sequence[int],
-    sensitivity: Sequence[float],
-    cost: Cost,
-    link: Link,
-    target_ms: float,
-) -> tuple[bool, float]:
-    relus = _share(kept, caps, sensitivity, cost, link, target_ms)
-    if relus is None:
-        return False, sum(sensitivity[i] for i in kept)
-    return True, value(relus, sensitivity)
 
 
 def run_stage(run: Run, cost: Cost, network: str, target_ms: float) -> dict[str, Any]:
