@@ -227,3 +227,22 @@ def test_images_and_labels_of_cifars_binary_version(tmp_path: Path) -> None:
         np.save(tmp_path / "few.npy", labels[:2])
         result = CliRunner().invoke(bench.cli, ["run", *arguments])
         assert result.exception is not None and name in str(result.exception)
+
+
+def test_regress_passes_a_like_result_and_ends_in_code_3_on_a_slowdown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "run-demo-fss.json"
+    data = json.loads(source.read_text())
+    latency = data["online"]["latency_ms"]
+    latency["values"] = [2 * value for value in latency["values"]]
+    slower, other = tmp_path / "slower.json", tmp_path / "other.json"
+    slower.write_text(json.dumps(data))
+    other.write_text("[]")
+    assert common.run(bench.cli, ["regress", str(source), str(source)]) == 0
+    assert common.run(bench.cli, ["regress", str(source), str(slower)]) == 3
+    out, err = capsys.readouterr()
+    assert "WORSE" in out and "worse than before: online.latency_ms x 2.0" in err
+    for bad in (other, tmp_path / "none.json"):
+        assert common.run(bench.cli, ["regress", str(source), str(bad)]) == 2
+        assert str(bad) in capsys.readouterr().err
