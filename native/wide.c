@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "aes.h"
 #include "fss.h"
 
 #if FSS_X86
@@ -93,30 +94,6 @@ KERNEL(multiply_avx2, __attribute__((target("avx2"))), __m256i, 2, 2)
 #define ADD _mm512_add_epi64
 #define MULTIPLY _mm512_mullo_epi64
 KERNEL(multiply_avx512, __attribute__((target("avx512f,avx512dq"))), __m512i, 2, 8)
-
-#define EXPAND(i, constant)                                                            \
-    do {                                                                               \
-        __m128i help = _mm_shuffle_epi32(_mm_aeskeygenassist_si128(k, constant), 0xff); \
-        k = _mm_xor_si128(k, _mm_slli_si128(k, 4));                                    \
-        k = _mm_xor_si128(k, _mm_slli_si128(k, 8));                                    \
-        k = _mm_xor_si128(k, help);                                                    \
-        keys[i] = k;                                                                   \
-    } while (0)
-
-__attribute__((target("aes,sse2"))) static void expand(const uint8_t *key, __m128i keys[11]) {
-    __m128i k = _mm_loadu_si128((const __m128i *)key);
-    keys[0] = k;
-    EXPAND(1, 0x01);
-    EXPAND(2, 0x02);
-    EXPAND(3, 0x04);
-    EXPAND(4, 0x08);
-    EXPAND(5, 0x10);
-    EXPAND(6, 0x20);
-    EXPAND(7, 0x40);
-    EXPAND(8, 0x80);
-    EXPAND(9, 0x1b);
-    EXPAND(10, 0x36);
-}
 
 /* The counter is the block's number, big-endian; blocks is a multiple of 8. */
 __attribute__((target("aes,sse2"))) static void stream_aes(const uint8_t *key, uint64_t block,

@@ -28,7 +28,6 @@ class RingConv:
         bits: the weights lie in [-2^(bits-1), 2^(bits-1)); ``None`` for arbitrary words.
         batch: the usual number of inputs, for which the kernels choose their algorithm.
         threads: how many the kernels may use.
-        compact: whether weights may take no more memory than as given.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class RingConv:
         *,
         batch: int = 1,
         threads: int = 1,
-        compact: bool = False,
     ) -> None:
         self._op = op
         self._n = n
@@ -58,7 +56,6 @@ class RingConv:
                 dilation=op.dilation,
                 groups=op.groups,
                 n=n,
-                winograd=not compact,
                 batch=batch,
                 force=(None, self._native.instructions),
             )
