@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal, NamedTuple
 
-Phase = Literal["setup", "offline", "online"]
+Phase = Literal["setup", "offline", "online", "probe"]
+"""A probe measures the link and is no part of the protocol."""
 Direction = Literal["sent", "received"]
 Work = Literal["linear", "gates", "local", "wait"]
 """What a party's time goes into: linear layers, gates, all else it computes, its peer."""
 
-PHASES: Final[tuple[Phase, ...]] = ("setup", "offline", "online")
+PHASES: Final[tuple[Phase, ...]] = ("setup", "offline", "online", "probe")
 LOGGED: Final = 64
 """Inferences whose frames are logged; later ones count in the totals alone, so that a session
 of any length needs no more memory than a short one."""

@@ -119,14 +119,16 @@ class Client:
 
     def ping(self) -> None:
         """One round trip to the server."""
-        commands.send(self._server, Command("ping"))
-        commands.await_done(self._server)
+        with self.meter.in_phase("probe"):
+            commands.send(self._server, Command("ping"))
+            commands.await_done(self._server)
 
     def load(self, size: int) -> None:
         """Send ``size`` bytes of no meaning and wait until the server has them."""
-        commands.send(self._server, Command("load", size))
-        self._server.send(bytes(size))
-        commands.await_done(self._server)
+        with self.meter.in_phase("probe"):
+            commands.send(self._server, Command("load", size))
+            self._server.send(bytes(size))
+            commands.await_done(self._server)
 
     @property
     def stock(self) -> int:

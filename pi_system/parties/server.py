@@ -128,11 +128,12 @@ def _session(
         match verb:
             case "close":
                 return
-            case "ping":
-                commands.acknowledge(client)
-            case "load":
-                client.recv(min(number, commands.MAX_LOAD))
-                commands.acknowledge(client)
+            case "ping" | "load":
+                meter.move_last("probe")
+                with meter.in_phase("probe"):
+                    if verb == "load":
+                        client.recv(min(number, commands.MAX_LOAD))
+                    commands.acknowledge(client)
             case "setup":
                 wait(timeouts.prepare)
                 session.setup()
