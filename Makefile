@@ -16,7 +16,7 @@ SOURCES := pyproject.toml setup.py $(wildcard native/*.c native/*.h)
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/pi-bench run --model demo --backend crypten --images 20 --predictions
+	$(BIN)/pi-bench run --model demo --images 20 --predictions
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest

@@ -11,7 +11,8 @@ setup(
             "pi_system.backends.fss._native",
             sources,
             depends=sorted(glob("native/*.h")),
-            extra_compile_args=["-O3", "-std=c11"],
+            extra_compile_args=["-O3", "-std=c11", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=True,
         )
     ]

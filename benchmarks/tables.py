@@ -1,16 +1,24 @@
-"""Print the tables of ``benchmarks/README.md`` from result files, as Markdown.
+"""Print the tables of ``README.md`` and ``benchmarks/README.md`` from result files, as Markdown.
 
-python benchmarks/tables.py benchmarks/results/run-*.json
+python benchmarks/tables.py runs benchmarks/results/run-*.json
+python benchmarks/tables.py compare benchmarks/results/compare-*.json
+python benchmarks/tables.py growth benchmarks/results/sweep-relus.json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (
+import numpy as np
+
+from pi_system.bench.sheet import Sheet
+
+Row = tuple[str, ...]
+RUNS = (
     "model",
     "backend",
     "ReLUs",
@@ -24,34 +32,210 @@ COLUMNS = (
     "agreement",
     "max logit error",
 )
+COMPARE = (
+    "model",
+    "",
+    "ReLUs",
+    "online ms, median (min)",
+    "x plaintext",
+    "online MB",
+    "round trips",
+    "offline ms",
+    "offline MB",
+    "agreement",
+)
+GROWTH = (
+    "ReLUs",
+    "batch",
+    "network",
+    "online ms, median (min)",
+    "x plaintext",
+    "server: linear",
+    "gates",
+    "local",
+    "waiting",
+    "online kB",
+    "round trips",
+    "offline ms",
+    "offline MB",
+    "B per ReLU to client / server",
+)
+WORK = ("linear", "gates", "local", "wait")
+PARTIES = ("client", "server")
+NAMES = {
+    "fss": "fss",
+    "fss-all": "fss, all ReLUs",
+    "crypten": "CrypTen",
+    "crypten-all": "CrypTen, all ReLUs",
+}
 
 
-def row(result: dict[str, Any]) -> tuple[str, ...]:
+def run_row(result: Mapping[str, Any]) -> Row:
     """The cells of one result of ``pi-bench run``."""
     online, offline, accuracy = result["online"], result["offline"], result["accuracy"]
-    model, latency = result["model"], online["latency_ms"]
+    model = result["model"]
     batch = f" x{result['batch_size']}" if result["batch_size"] > 1 else ""
     return (
         f"{model['name']}{batch}",
         result["backend"],
         f"{model['relu_kept']:,}",
-        f"{latency['median']:,.1f} ({latency['min']:,.1f})",
+        _milliseconds(online["latency_ms"]),
         f"{offline['latency_ms']['median']:,.0f}",
-        f"{sum(online['bytes'].values()) / 1e6:,.2f}",
+        _megabytes(online),
         f"{online['relu_bytes'] / 1e6:,.2f}",
-        f"{sum(offline['bytes'].values()) / 1e6:,.2f}",
+        _megabytes(offline),
         f"{online['round_trips']:g}",
         f"{result['plaintext']['latency_ms']['median']:,.1f}",
-        f"{accuracy['argmax_agreement']:.1%} of {accuracy['answers']}",
+        _agreement(accuracy),
         f"{accuracy['max_abs_error']:.4f}",
     )
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table, one line per result."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(result) for result in results)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def compare_rows(comparison: Mapping[str, Any]) -> list[Row]:
+    """Plaintext and every contender of one result of ``pi-bench compare``, the slowest first."""
+    model = comparison["model"]
+    name, latency = model["name"], comparison["plaintext"]["latency_ms"]
+    over = {
+        ratio["contender"]: ratio["online_latency"]
+        for ratio in comparison["ratios"]
+        if ratio["over"] == "plaintext"
+    }
+    rows = [(name, "plaintext", f"{model['relu_kept']:,}", _milliseconds(latency), "1", *[""] * 5)]
+    ran = [one for one in comparison["contenders"] if one["not_run"] is None]
+    for one in sorted(ran, key=lambda one: over[one["name"]]["median"], reverse=True):
+        online, offline, ratio = one["online"], one["offline"], over[one["name"]]
+        rows.append(
+            (
+                name,
+                NAMES.get(one["name"], one["name"]),
+                f"{one['model']['relu_kept']:,}",
+                _milliseconds(online["latency_ms"]),
+                f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g})",
+                _megabytes(online),
+                f"{online['round_trips']:g}",
+                f"{offline['latency_ms']['median']:,.0f}",
+                _megabytes(offline),
+                _agreement(one["accuracy"]),
+            )
+        )
+    return rows
+
+
+def compare_notes(comparison: Mapping[str, Any]) -> list[str]:
+    """The ratios between contenders, and who could not run."""
+    rounds = len(comparison["rounds"])
+    notes = []
+    for ratio in comparison["ratios"]:
+        if ratio["over"] != "plaintext":
+            above, below = (NAMES.get(ratio[key], ratio[key]) for key in ("contender", "over"))
+            latency = ratio["online_latency"]
+            notes.append(
+                f"- {comparison['model']['name']}, {above} over {below}: {latency['median']:.3g} "
+                f"times the online latency ({latency['min']:.3g} to {latency['max']:.3g} in "
+                f"{rounds} rounds), {ratio['online_bytes']:.3g} times the online bytes."
+            )
+    notes += [
+        f"- {comparison['model']['name']}, {NAMES.get(one['name'], one['name'])} was not run: "
+        f"{one['not_run']}."
+        for one in comparison["contenders"]
+        if one["not_run"] is not None
+    ]
+    return notes
+
+
+def growth_row(row: Mapping[str, Any]) -> Row:
+    """The cells of one tidy row of ``pi-bench sweep``."""
+    online = float(row["online.latency_ms.median"])
+
+    def cell(key: str, digits: int) -> str:
+        value = row.get(key)
+        return "" if value in (None, "") else f"{float(value):.{digits}f}"
+
+    return (
+        f"{int(row['model.relu_kept']):,}",
+        str(row["batch_size"]),
+        str(row["network.name"]),
+        f"{online:,.1f} ({float(row['online.latency_ms.min']):,.1f})",
+        f"{online / float(row['plaintext.latency_ms.median']):.3g}",
+        *(cell(f"online.work_ms.server.{kind}", 2) for kind in WORK),
+        f"{_bytes(row, 'online') / 1e3:,.0f}",
+        f"{float(row['online.round_trips']):g}",
+        f"{float(row['offline.latency_ms.median']):,.0f}",
+        f"{_bytes(row, 'offline') / 1e6:,.2f}",
+        " / ".join(cell(f"offline.bytes_per_relu.dealer_to_{to}", 0) for to in PARTIES),
+    )
+
+
+def growth_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Least-squares lines through bytes and latency against ReLUs, and how far the worst row is
+    off; nothing unless three rows or more differ in the ReLUs alone."""
+    relus = [int(row["model.relu_kept"]) for row in rows]
+    others = {tuple(str(row[key]) for key in ("batch_size", "network.name")) for row in rows}
+    if len(set(relus)) < 3 or len(others) > 1:
+        return []
+    figures: list[tuple[str, Callable[[Mapping[str, Any]], float], str]] = [
+        ("Online bytes", lambda row: float(_bytes(row, "online")), "B"),
+        ("Online latency", lambda row: 1e3 * float(row["online.latency_ms.median"]), "us"),
+        ("Offline bytes", lambda row: float(_bytes(row, "offline")), "B"),
+    ]
+    notes = []
+    for name, figure, unit in figures:
+        values = np.array([figure(row) for row in rows])
+        slope, constant = np.polyfit(relus, values, 1)
+        off = np.abs(slope * np.array(relus) + constant - values) / values
+        notes.append(
+            f"- {name}: {constant:,.0f} {unit} + {slope:.3g} {unit} per ReLU; no row is further "
+            f"than {off.max():.0%} from this line."
+        )
+    return notes
+
+
+def markdown(columns: Row, rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
+    """A Markdown table, and notes below it."""
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([table, *(["", *notes] if notes else [])])
+
+
+def _milliseconds(latency: Mapping[str, float]) -> str:
+    return f"{latency['median']:,.1f} ({latency['min']:,.1f})"
+
+
+def _megabytes(phase: Mapping[str, Any]) -> str:
+    return f"{sum(phase['bytes'].values()) / 1e6:,.2f}"
+
+
+def _agreement(accuracy: Mapping[str, Any]) -> str:
+    return f"{accuracy['argmax_agreement']:.1%} of {accuracy['answers']}"
+
+
+def _bytes(row: Mapping[str, Any], phase: str) -> int:
+    return sum(
+        int(value)
+        for key, value in row.items()
+        if key.startswith(f"{phase}.bytes.") and value != ""
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """The table asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("table", choices=("runs", "compare", "growth"))
+    parser.add_argument("files", nargs="+", type=Path)
+    given = parser.parse_args(arguments)
+    if given.table == "growth":
+        rows = [row for path in given.files for row in Sheet(path).tidy_rows()]
+        return markdown(GROWTH, [growth_row(row) for row in rows], growth_notes(rows))
+    documents = [json.loads(path.read_text()) for path in given.files]
+    if given.table == "compare":
+        return markdown(
+            COMPARE,
+            [row for document in documents for row in compare_rows(document)],
+            [note for document in documents for note in compare_notes(document)],
+        )
+    results = [one for d in documents for one in (d if isinstance(d, list) else [d])]
+    return markdown(RUNS, [run_row(result) for result in results])
 
 
 if __name__ == "__main__":
-    print(table([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
+    print(main())

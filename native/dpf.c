@@ -3,43 +3,25 @@
  * memory accesses depend on sizes only. */
 #include <string.h>
 
+#include "aes.h"
 #include "fss.h"
 
 #if FSS_X86
-#include <immintrin.h>
 
 #define LEAF_BITS 7
 
 #define AES_TARGET __attribute__((target("avx2,aes")))
 #define VAES_TARGET __attribute__((target("avx2,aes,vaes")))
 
-#define EXPAND(i, constant)                                                        \
-    do {                                                                           \
-        __m128i help = _mm_shuffle_epi32(_mm_aeskeygenassist_si128(k, constant), 0xff); \
-        k = _mm_xor_si128(k, _mm_slli_si128(k, 4));                                \
-        k = _mm_xor_si128(k, _mm_slli_si128(k, 8));                                \
-        k = _mm_xor_si128(k, help);                                                \
-        _mm_storeu_si128((__m128i *)round_keys[i], k);                             \
-    } while (0)
-
-AES_TARGET static void expand(const uint8_t *key, uint8_t round_keys[11][16]) {
-    __m128i k = _mm_loadu_si128((const __m128i *)key);
-    _mm_storeu_si128((__m128i *)round_keys[0], k);
-    EXPAND(1, 0x01);
-    EXPAND(2, 0x02);
-    EXPAND(3, 0x04);
-    EXPAND(4, 0x08);
-    EXPAND(5, 0x10);
-    EXPAND(6, 0x20);
-    EXPAND(7, 0x40);
-    EXPAND(8, 0x80);
-    EXPAND(9, 0x1b);
-    EXPAND(10, 0x36);
+AES_TARGET static void expand_to(const uint8_t *key, uint8_t to[11][16]) {
+    __m128i round_keys[11];
+    expand(key, round_keys);
+    memcpy(to, round_keys, sizeof round_keys);
 }
 
 void fss_dpf_expand(const uint8_t *tree_key, const uint8_t *leaf_key, fss_dpf_keys *keys) {
-    expand(tree_key, keys->tree);
-    expand(leaf_key, keys->leaf);
+    expand_to(tree_key, keys->tree);
+    expand_to(leaf_key, keys->leaf);
 }
 
 /* 512-bit: four blocks per vector. CHOICE says of each block whether to do something. */

@@ -1,4 +1,4 @@
-/* The arithmetic around a batch of ReLU gates and after a linear layer. */
+/* The arithmetic around a batch of ReLU gates. */
 #include "fss.h"
 
 /* Shares of relu(x); see relu.result_share. values is (5, stride). */
@@ -26,25 +26,6 @@ static void combine_plain(const uint64_t *x, const uint64_t *signs, const uint64
     combine(x, signs, values, stride, count, k, lift_on, server, out);
 }
 
-static inline __attribute__((always_inline)) int finish(uint64_t *v, size_t count, int n, int f,
-                                                        uint64_t bound) {
-    const int spare = 64 - n;
-    const uint64_t start = (1ull << (n - 1)) - bound;
-    const uint64_t span = (2 * bound) << spare;
-    const uint64_t sign = 1ull << (63 - spare - f);
-    uint64_t near_edge = 0;
-    for (size_t i = 0; i < count; i++) {
-        const uint64_t word = v[i];
-        near_edge |= ((word - start) << spare) < span;
-        v[i] = (((word << spare) >> (spare + f)) ^ sign) - sign;
-    }
-    return (int)near_edge;
-}
-
-static int finish_plain(uint64_t *v, size_t count, int n, int f, uint64_t bound) {
-    return finish(v, count, n, f, bound);
-}
-
 #if FSS_X86
 #define AVX2_TARGET __attribute__((target("avx2")))
 
@@ -60,14 +41,6 @@ FSS_AVX512_TARGET static void combine_avx512(const uint64_t *x, const uint64_t *
     combine(x, signs, values, stride, count, k, lift_on, server, out);
 }
 
-AVX2_TARGET static int finish_avx2(uint64_t *v, size_t count, int n, int f, uint64_t bound) {
-    return finish(v, count, n, f, bound);
-}
-
-FSS_AVX512_TARGET static int finish_avx512(uint64_t *v, size_t count, int n, int f,
-                                           uint64_t bound) {
-    return finish(v, count, n, f, bound);
-}
 #endif
 
 static void results(const uint64_t *x, const uint64_t *signs, const uint64_t *values,
@@ -89,17 +62,6 @@ static void results(const uint64_t *x, const uint64_t *signs, const uint64_t *va
 FSS_EXPORT void fss_relu_combine(const uint64_t *x, const uint64_t *signs, const uint64_t *values,
                                  size_t count, int k, int lift_on, int server, uint64_t *out) {
     results(x, signs, values, count, count, k, lift_on, server, out);
-}
-
-/* v = signed shift by f of v in Z/2^n, in place; whether any v lay within bound of +-2^(n-1).
- * 1 <= n <= 64, 0 <= f < n, bound < 2^(n-1). */
-FSS_EXPORT int fss_finish(uint64_t *v, size_t count, int n, int f, uint64_t bound) {
-#if FSS_X86
-    const unsigned active = fss_active();
-    if (active & FSS_AVX512) return finish_avx512(v, count, n, f, bound);
-    if (active & FSS_AVX2) return finish_avx2(v, count, n, f, bound);
-#endif
-    return finish_plain(v, count, n, f, bound);
 }
 
 #if FSS_X86

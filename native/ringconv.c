@@ -6,13 +6,12 @@
  * sums. In memory a pair of channels of a pixel is 16 bytes: d0 of both, d1 of both, ...
  *
  * Bound. |digit| <= 2^15, so the sum of a digit is exact in int32 while the weights of an output
- * channel add up to sum |W| <= 2^16 - 1. Accumulation is cut into segments that keep this, and
- * each adds its recombined words to memory. Sums that count from bit 32 of the result on need no
- * bound: they are wanted mod 2^32 only, and int32 arithmetic wraps.
+ * channel add up to sum |W| <= 2^16. After every stretch of channels that keeps this, what exceeds
+ * 16 bits of a sum is carried to the next digit's. Sums that count from bit 32 of the result on
+ * need no bound: they are wanted mod 2^32 only, and int32 arithmetic wraps.
  *
- * Wide weights. Where a weight needs more than 16 bits it is cut into digits itself (`terms`):
- * w = sum_j 2^16j w_j, and the products w_j d_i with i + j < 2, which do count below bit 32, with
- * w_j cut once more into bytes, so that segments stay long. Any 64-bit weight works so.
+ * Wide weights. Where a weight (at some point of the scheme) needs more than 16 bits, weights and
+ * inputs stay whole words, and the products are those of words mod 2^64.
  *
  * Fast convolutions. An algorithm for m outputs of a 1-d convolution is y = A [(G w) * (B x)]; in
  * two dimensions it is applied to rows and columns. Over a ring, the divisions of the textbook
@@ -33,14 +32,19 @@
  * a/b, (b^2, ab, a^2).
  *
  * Layout. Inside, channels are the fastest index, padded to the vector length. `V` holds the
- * digits of a block of the input: pixels (direct) or, for each product of the scheme, tiles. `M`
+ * digits or words of a block of the input: pixels (direct) or, for each product of the scheme, tiles. `M`
  * holds the words of the products, [product][tile or pixel][output channel]. Weights are packed
- * in the order of use: group, point, panel of 16 output channels, term, channel pair.
+ * in the order of use: group, point, panel of 16 output channels, channel pair.
  *
- * No branch and no address depends on x or add. The segments depend on the weights.
+ * Threads. The three steps of a block (input, products, output) are each cut into parts that
+ * write to places of their own; all that is computed is the same in whichever thread.
+ *
+ * No branch and no address depends on x or add. The stretches depend on the weights.
  */
 
 #define _GNU_SOURCE
+#include "ringconv_pool.h"
+
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -59,7 +63,11 @@
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
-enum { PANEL = 16, SEGMENT_PAIRS = 192, MAX_SUM = 0xffff, MAX_TERMS = 8, MAX_POINTS = 9 };
+enum { PANEL = 16, MAX_POINTS = 9, MAX_SETS = 36 };
+
+/* What a carry leaves in a sum is less than 2^17, a stretch adds at most 2^15 MAX_SUM; and two
+ * weights of at most MAX_NARROW never exceed MAX_SUM. */
+enum { MAX_SUM = 0xfffb, MAX_NARROW = MAX_SUM / 2 };
 
 /* Algorithms in one dimension. Products that share a row of G share weights. */
 enum line { F2, F4, S2, S4 };
@@ -109,42 +117,62 @@ static int lost_bits(int scheme)
     return a->tall ? a->tall->lost + a->wide->lost : 0;
 }
 
-/* Consecutive channel pairs at `offset` bytes from a row of V. */
+/* Consecutive channel pairs at `offset` bytes from a row of V; then perhaps a carry. */
 struct chunk {
-    int32_t offset, pairs;
+    int32_t offset, pairs, carry;
 };
 
-/* Part of a panel's sum: digits [digit, digit + digits) times weights at `panel`, times 2^shift. */
-struct segment {
-    size_t panel;
-    uint32_t begin, end;
-    uint8_t digit, digits, shift, first;
+/* Truncation to the words above the f lowest bits, and the zone check; see ring.py. */
+struct finish {
+    bool on;
+    int f, spare;
+    uint64_t start, span, sign;
+    uint64_t near[8] __attribute__((aligned(64)));
 };
 
 struct block {
     const uint64_t *x, *add;
     uint64_t *y;
     const uint64_t *zeros;
-    int images, row, rows;
+    int images, row, rows, group;
     char *v, *band;
     uint64_t *m;
+    int part, parts; /* of the block's work */
+    struct finish end;
 };
 
+struct slice {
+    int begin, end;
+};
+
+static inline struct slice slice_of(const struct block *b, int tasks)
+{
+    return (struct slice){(int)((int64_t)tasks * b->part / b->parts),
+                          (int)((int64_t)tasks * (b->part + 1) / b->parts)};
+}
+
+static inline uint64_t finish_word(uint64_t v, struct finish *end)
+{
+    end->near[0] |= ((v - end->start) << end->spare) < end->span;
+    return (((v << end->spare) >> (end->spare + end->f)) ^ end->sign) - end->sign;
+}
+
 struct pi_ringconv;
-typedef void rows_kernel(const struct segment *, const struct chunk *, const char *panel,
+typedef void rows_kernel(const struct chunk *, const struct chunk *end, const char *weights,
                          const char *v, const int32_t *row, int rows, uint64_t *m, size_t pitch);
 
 struct isa {
     const char *name;
     int vector;
+    double digit_ns, word_ns, transform; /* see ringconv_kernels.h */
     void (*input)(const struct pi_ringconv *, const struct block *);
-    void (*output)(const struct pi_ringconv *, const struct block *);
-    rows_kernel *rows[4];
+    void (*output)(const struct pi_ringconv *, struct block *);
+    rows_kernel *rows[5]; /* for words, 1, ... 4 digits */
 };
 
 struct pi_ringconv {
     const struct isa *isa;
-    int scheme, n;
+    int scheme, n, digits;            /* 0: words */
     int in, height, width, out, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
     int dilation_h, dilation_w, groups, out_height, out_width;
     int in_group, out_group, panels, pairs, depth; /* depth: padded channels of a group in V */
@@ -158,12 +186,11 @@ struct pi_ringconv {
     size_t v_pitch, m_pitch;          /* from product to product: bytes of V, words of M */
     size_t v_bytes, m_bytes, band_bytes, zero_bytes;
     int32_t *row;                     /* V's offset of every row of a block */
-    size_t *start;                    /* first segment of (group, set, panel) */
-    struct segment *segments;
+    uint32_t *start;                  /* first chunk of (group, set, panel) */
     struct chunk *chunks;
-    size_t segment_count, chunk_count;
+    size_t chunk_count;
     char *weights;
-    size_t weight_bytes;
+    size_t weight_bytes, panel_bytes;
     uint64_t *words;                  /* the weights as given (plain) */
 };
 
@@ -209,6 +236,9 @@ static const char label_base[] = "portable";
 #define TARGET
 #define VB 16
 #define ROWS 1
+#define DIGIT_NS 3.2
+#define WORD_NS 12
+#define TRANSFORM_NS 2.5
 #define MADD(c, d, w, x)                                                                      \
     for (int p = 0; p < 4; p++)                                                               \
     (c)[p][d] = madd_base((c)[p][d], (w)[p], (four_sums){0} + *(x))
@@ -225,6 +255,9 @@ static const char label_avx2[] = "avx2";
 #define TARGET __attribute__((target("avx2")))
 #define VB 32
 #define ROWS 1
+#define DIGIT_NS 0.4
+#define WORD_NS 4.8
+#define TRANSFORM_NS 1
 /* In assembly: compilers reorder the sums until they spill. */
 #define MADD(c, d, w, x)                                                                      \
     do {                                                                                      \
@@ -246,7 +279,10 @@ static const char label_avx512[] = "avx512";
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define VB 64
-#define ROWS 6
+#define ROWS 4
+#define DIGIT_NS 0.4
+#define WORD_NS 1.6
+#define TRANSFORM_NS 0.5
 #define MADD(c, d, w, x)                                                                      \
     do {                                                                                      \
         __m512i other;                                                                        \
@@ -263,7 +299,10 @@ static const char label_vnni[] = "avx512-vnni";
 #define NAME(x) x##_vnni
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define VB 64
-#define ROWS 6
+#define ROWS 4
+#define DIGIT_NS 0.29
+#define WORD_NS 1.6
+#define TRANSFORM_NS 0.5
 #define MADD(c, d, w, x)                                                                      \
     __asm__("vpdpwssd %1%{1to16%}, %2, %0" : "+v"((c)[0][d]) : "m"(*(x)), "v"((w)[0]))
 #define LOW(a, b) (sums_vnni) _mm512_unpacklo_epi32((__m512i)(a), (__m512i)(b))
@@ -360,87 +399,102 @@ static void give_workspace(struct workspace *w)
             free_workspace(w);
             return;
         }
-        struct workspace *other = atomic_exchange(&spare, w);
-        w = other;
+        w = atomic_exchange(&spare, w);
         expected = NULL;
     }
 }
 
-static size_t workspace_bytes(const struct pi_ringconv *h)
+static size_t workspace_bytes(const struct pi_ringconv *h, int threads)
 {
-    return h->v_bytes + h->m_bytes + h->band_bytes + h->zero_bytes;
+    return h->v_bytes + h->m_bytes + h->band_bytes * (size_t)threads + h->zero_bytes;
 }
 
 /* ---- weights ------------------------------------------------------------------------------- */
 
-/* Part of all weights of a set: 2^shift * piece(w) times the digits [digit, digit + digits). */
-struct term {
-    uint8_t piece, digit, digits, shift;
-    bool exact;
-};
-
-enum { WHOLE, LOW8, HIGH8, WORD0, WORD1, WORD2, WORD3, BYTE0, BYTE1, BYTE2, BYTE3 };
-
-static int16_t digit_of(uint64_t w, int i)
+static uint64_t extended(uint64_t w, int n)
 {
-    return (int16_t)(((w + 0x8000800080008000u) ^ 0x8000800080008000u) >> (16 * i));
+    return (uint64_t)((int64_t)(w << (64 - n)) >> (64 - n));
 }
 
-/* w = LOW8 + 2^8 HIGH8 for small w; w = sum_j 2^16j WORD_j; WORD0 = BYTE0 + 2^8 BYTE1, ... */
-static int16_t piece_of(uint64_t w, int piece)
+/* The words [input][tap][16] of a panel's output channels; zero where there are none. */
+static void gather_panel(const struct pi_ringconv *h, const uint64_t *w, int group, int panel,
+                         uint64_t *to)
 {
-    switch (piece) {
-    case WHOLE: return (int16_t)w;
-    case LOW8: return (int8_t)w;
-    case HIGH8: return (int16_t)((int64_t)(w - (uint64_t)(int64_t)(int8_t)w) >> 8);
-    case WORD0: case WORD1: case WORD2: case WORD3: return digit_of(w, piece - WORD0);
-    default: {
-        int16_t d = digit_of(w, (piece - BYTE0) / 2);
-        return (piece - BYTE0) % 2 ? (int16_t)((d - (int8_t)d) >> 8) : (int8_t)d;
-    }
+    int taps = h->kernel_h * h->kernel_w;
+    size_t count = (size_t)h->in_group * taps;
+    for (int o = 0; o < PANEL; o++) {
+        bool real = panel * PANEL + o < h->out_group;
+        const uint64_t *from = w + (size_t)(group * h->out_group + panel * PANEL + o) * count;
+        for (size_t i = 0; i < count; i++)
+            to[i * PANEL + o] = real ? extended(from[i], h->n) : 0;
     }
 }
 
-/* The terms for weights of at most `largest` in absolute value (as signed words) mod 2^bits. */
-static int make_terms(struct term *terms, uint64_t largest, int bits)
+/* to += g from, 16 words each. */
+static inline void add_multiple(uint64_t *to, int g, const uint64_t *from)
 {
-    static const struct term whole[] = {{WHOLE, 0, 4, 0, true}};
-    static const struct term halves[] = {{LOW8, 0, 4, 0, true}, {HIGH8, 0, 4, 8, true}};
-    static const struct term wide[] = {
-        {BYTE0, 0, 2, 0, true},   {BYTE1, 0, 2, 8, true},   {BYTE2, 0, 1, 16, true},
-        {BYTE3, 0, 1, 24, true},  {WORD0, 2, 2, 32, false}, {WORD1, 1, 2, 32, false},
-        {WORD2, 0, 2, 32, false}, {WORD3, 0, 1, 48, false},
-    };
-    const struct term *from = largest <= 0x7fff ? whole : largest < 0x7fff00 ? halves : wide;
-    int count = from == whole ? 1 : from == halves ? 2 : 8, kept = 0;
-    for (int i = 0; i < count; i++) {
-        int digits = (bits - from[i].shift + 15) / 16;
-        if (digits <= 0)
-            continue;
-        terms[kept] = from[i];
-        if (digits < terms[kept].digits)
-            terms[kept].digits = (uint8_t)digits;
-        if (bits - from[i].shift <= 32)
-            terms[kept].exact = false;
-        kept++;
-    }
-    return kept;
+    int shift = g == 4 || g == -4 ? 2 : g == 2 || g == -2;
+    if (g > 0)
+        for (int o = 0; o < PANEL; o++)
+            to[o] += from[o] << shift;
+    else if (g < 0)
+        for (int o = 0; o < PANEL; o++)
+            to[o] -= from[o] << shift;
 }
 
-/* The weight of (set, output, input) of a fast scheme: G w G^T at the set's point. */
-static uint64_t at_point(const struct algorithm *a, int set, const uint64_t *w)
+/* G w G^T at all points of a fast scheme: [set][16] from [9][16]. */
+static void at_points(const struct algorithm *a, const uint64_t *w, uint64_t *to)
 {
-    const int8_t *g = a->tall->g[set / a->wide->rows], *f = a->wide->g[set % a->wide->rows];
-    uint64_t sum = 0;
-    for (int i = 0; i < 3; i++)
-        for (int j = 0; j < 3; j++)
-            sum += (uint64_t)(int64_t)(g[i] * f[j]) * w[3 * i + j];
-    return sum;
+    for (int i = 0; i < a->tall->rows; i++) {
+        uint64_t row[3][PANEL] = {0};
+        for (int k = 0; k < 9; k++)
+            add_multiple(row[k % 3], a->tall->g[i][k / 3], w + k * PANEL);
+        for (int j = 0; j < a->wide->rows; j++, to += PANEL) {
+            memset(to, 0, PANEL * sizeof *to);
+            for (int k = 0; k < 3; k++)
+                add_multiple(to, a->wide->g[j][k], row[k]);
+        }
+    }
 }
 
 static uint64_t magnitude(uint64_t w)
 {
     return (int64_t)w < 0 ? -w : w;
+}
+
+/* Whether all weights (at all points) fit digits. */
+static bool is_narrow(const struct pi_ringconv *h, int scheme, const uint64_t *weight)
+{
+    const struct algorithm *a = &algorithms[scheme];
+    size_t count = (size_t)h->in_group * h->kernel_h * h->kernel_w;
+    uint64_t largest = 0;
+    for (size_t i = 0; i < count * h->out; i++) {
+        uint64_t v = magnitude(extended(weight[i], h->n));
+        largest = v > largest ? v : largest;
+    }
+    if (scheme == DIRECT || largest > MAX_NARROW)
+        return largest <= MAX_NARROW;
+    int gain_tall = 0, gain_wide = 0;
+    for (int i = 0; i < 6; i++) {
+        const int8_t *g = a->tall->g[i], *f = a->wide->g[i];
+        int tall = abs(g[0]) + abs(g[1]) + abs(g[2]), wide = abs(f[0]) + abs(f[1]) + abs(f[2]);
+        gain_tall = tall > gain_tall ? tall : gain_tall;
+        gain_wide = wide > gain_wide ? wide : gain_wide;
+    }
+    if (largest * (uint64_t)(gain_tall * gain_wide) <= MAX_NARROW)
+        return true;
+    for (size_t at = 0; at < (size_t)h->out * h->in_group; at += PANEL) {
+        uint64_t w[9 * PANEL] = {0}, points[MAX_SETS * PANEL], most = 0;
+        for (size_t o = 0; o < PANEL && at + o < (size_t)h->out * h->in_group; o++)
+            for (int k = 0; k < 9; k++)
+                w[k * PANEL + o] = extended(weight[9 * (at + o) + k], h->n);
+        at_points(a, w, points);
+        for (int i = 0; i < a->tall->rows * a->wide->rows * PANEL; i++)
+            most = magnitude(points[i]) > most ? magnitude(points[i]) : most;
+        if (most > MAX_NARROW)
+            return false;
+    }
+    return true;
 }
 
 /* Output channel of lane `lane` of a vector of sums, after LOW and HIGH. */
@@ -451,23 +505,11 @@ static int channel_of_lane(const struct isa *isa, int lane)
     return part * 2 * words + (rest < 2 ? 2 * block + rest : words + 2 * block + rest - 2);
 }
 
-/* A growing array. */
-static void *grow(void *array, size_t count, size_t *room, size_t size)
-{
-    if (count < *room)
-        return array;
-    *room = *room ? 2 * *room : 64;
-    void *bigger = realloc(array, *room * size);
-    if (!bigger)
-        free(array);
-    return bigger;
-}
-
 /* The runs of channel pairs that one row of the product reads from V, in the order of weights. */
 static int make_runs(const struct pi_ringconv *h, struct chunk *runs)
 {
     if (h->scheme != DIRECT) {
-        runs[0] = (struct chunk){0, h->pairs};
+        runs[0] = (struct chunk){0, h->pairs, 0};
         return 1;
     }
     int count = 0;
@@ -475,121 +517,108 @@ static int make_runs(const struct pi_ringconv *h, struct chunk *runs)
     for (int i = 0; i < h->kernel_h; i++)
         for (int j = 0; j < (merge ? 1 : h->kernel_w); j++) {
             size_t at = (size_t)(i * h->dilation_h * h->v_columns + j * h->dilation_w) * h->depth;
-            runs[count++] =
-                (struct chunk){(int32_t)(at * 8), merge ? h->kernel_w * h->pairs : h->pairs};
+            runs[count++] = (struct chunk){(int32_t)(at * 8),
+                                           merge ? h->kernel_w * h->pairs : h->pairs, 0};
         }
     return count;
 }
 
-/* The weights of one set and 16 output channels as [pair of the runs][2][16] words. */
-static void gather_panel(const struct pi_ringconv *h, const uint64_t *w, int group, int set,
-                         int panel, uint64_t *to)
+/* One more chunk; 0 without memory. */
+static int add_chunk(struct pi_ringconv *h, size_t *room, struct chunk chunk)
 {
-    const struct algorithm *a = &algorithms[h->scheme];
-    int taps = h->kernel_h * h->kernel_w, blocks = h->scheme == DIRECT ? taps : 1;
-    memset(to, 0, (size_t)blocks * h->pairs * 32 * sizeof *to);
-    for (int o = 0; o < PANEL && panel * PANEL + o < h->out_group; o++) {
-        const uint64_t *from =
-            w + (size_t)(group * h->out_group + panel * PANEL + o) * h->in_group * taps;
-        for (int c = 0; c < h->in_group; c++, from += taps)
-            for (int b = 0; b < blocks; b++)
-                to[((size_t)(b * h->pairs + c / 2) * 2 + c % 2) * PANEL + o] =
-                    h->scheme == DIRECT ? from[b] : at_point(a, set, from);
+    if (h->chunk_count == *room) {
+        size_t more = *room ? 2 * *room : 256;
+        struct chunk *bigger = realloc(h->chunks, more * sizeof *bigger);
+        if (!bigger)
+            return 0;
+        h->chunks = bigger;
+        *room = more;
     }
+    h->chunks[h->chunk_count++] = chunk;
+    return 1;
 }
 
-/* Pack all weights and cut the sums into segments. */
-static int pack(struct pi_ringconv *h, const uint64_t *w)
+/* Cut the runs of a panel where its sums must carry. */
+static int cut(struct pi_ringconv *h, size_t *room, const struct chunk *runs, int count,
+               const int16_t *w)
 {
-    int taps = h->scheme == DIRECT ? h->kernel_h * h->kernel_w : 1;
-    size_t total = (size_t)taps * h->pairs, room_w = 0, used = 0;
-    size_t room_s = 0, room_c = 0, index = 0;
-    int bits = h->n + lost_bits(h->scheme), ok = 0;
-    struct chunk *runs = malloc(sizeof *runs * (size_t)(h->kernel_h * h->kernel_w));
-    uint64_t *panel = malloc(total * 32 * sizeof *panel);
-    char *packed = NULL;
+    int32_t sums[PANEL] = {0};
+    for (int r = 0; r < count; r++) {
+        int begin = 0;
+        for (int i = 0; h->digits > 2 && i < runs[r].pairs; i++, w += 2 * PANEL) {
+            int32_t most = 0, add[PANEL];
+            for (int o = 0; o < PANEL; o++) {
+                add[o] = abs(w[2 * o]) + abs(w[2 * o + 1]);
+                sums[o] += add[o];
+                most = sums[o] > most ? sums[o] : most;
+            }
+            if (most <= MAX_SUM)
+                continue;
+            memcpy(sums, add, sizeof sums);
+            if (i > begin) {
+                if (!add_chunk(h, room, (struct chunk){runs[r].offset + 16 * begin, i - begin, 1}))
+                    return 0;
+                begin = i;
+            } else {
+                h->chunks[h->chunk_count - 1].carry = 1;
+            }
+        }
+        if (!add_chunk(h, room,
+                       (struct chunk){runs[r].offset + 16 * begin, runs[r].pairs - begin, 0}))
+            return 0;
+    }
+    return 1;
+}
+
+/* Pack all weights. */
+static int pack(struct pi_ringconv *h, const uint64_t *weight)
+{
+    const struct algorithm *a = &algorithms[h->scheme];
+    bool direct = h->scheme == DIRECT, words = !h->digits;
+    int taps = h->kernel_h * h->kernel_w, values = direct ? taps : h->sets;
+    size_t pair = words ? 256 : 64, value = (size_t)h->pairs * pair, room = 0, index = 0;
+    int lanes[PANEL], ok = 0;
+    for (int lane = 0; lane < PANEL; lane++)
+        lanes[lane] = channel_of_lane(h->isa, lane);
+    h->weights = allocate(h->weight_bytes);
     h->start = malloc(sizeof *h->start * ((size_t)h->groups * h->sets * h->panels + 1));
-    if (!runs || !panel || !h->start)
+    struct chunk *runs = malloc(sizeof *runs * (size_t)taps);
+    uint64_t *given = malloc(sizeof *given * PANEL * (size_t)h->in_group * taps);
+    if (!h->weights || !h->start || !runs || !given)
         goto done;
-    int run_count = make_runs(h, runs);
     for (int group = 0; group < h->groups; group++)
-        for (int set = 0; set < h->sets; set++)
-            for (int p = 0; p < h->panels; p++) {
-                gather_panel(h, w, group, set, p, panel);
-                uint64_t largest = 0;
-                for (size_t i = 0; i < total * 32; i++)
-                    largest = magnitude(panel[i]) > largest ? magnitude(panel[i]) : largest;
-                struct term terms[MAX_TERMS];
-                int count = make_terms(terms, largest, bits);
-                h->start[index++] = h->segment_count;
-                for (int t = 0; t < count; t++) {
-                    while (used + total * 64 > room_w) {
-                        room_w = room_w ? 2 * room_w : 1 << 16;
-                        char *bigger = realloc(packed, room_w);
-                        if (!bigger)
-                            goto done;
-                        packed = bigger;
-                    }
-                    size_t k = 0;
-                    struct segment *s = NULL;
-                    uint32_t sums[PANEL];
-                    int length = 0;
-                    for (int r = 0; r < run_count; r++)
-                        for (int i = 0; i < runs[r].pairs; i++, k++) {
-                            int16_t *to = (int16_t *)(packed + used + k * 64);
-                            uint32_t add[PANEL] = {0}, most = 0;
-                            for (int lane = 0; lane < PANEL; lane++)
-                                for (int e = 0; e < 2; e++) {
-                                    int o = channel_of_lane(h->isa, lane);
-                                    int16_t v = piece_of(panel[(k * 2 + e) * PANEL + o],
-                                                         terms[t].piece);
-                                    to[2 * lane + e] = v;
-                                    add[o] += (uint32_t)(v < 0 ? -v : v);
-                                }
-                            for (int o = 0; s && o < PANEL; o++)
-                                most = sums[o] + add[o] > most ? sums[o] + add[o] : most;
-                            if (!s || length == SEGMENT_PAIRS ||
-                                (terms[t].exact && most > MAX_SUM)) {
-                                h->segments = grow(h->segments, h->segment_count, &room_s,
-                                                   sizeof *h->segments);
-                                if (!h->segments)
-                                    goto done;
-                                s = &h->segments[h->segment_count++];
-                                *s = (struct segment){
-                                    used + k * 64, (uint32_t)h->chunk_count,
-                                    (uint32_t)h->chunk_count, terms[t].digit, terms[t].digits,
-                                    terms[t].shift, t == 0 && k == 0};
-                                memset(sums, 0, sizeof sums);
-                                length = 0;
-                            }
-                            if (i == 0 || s->begin == s->end) {
-                                h->chunks = grow(h->chunks, h->chunk_count, &room_c,
-                                                 sizeof *h->chunks);
-                                if (!h->chunks)
-                                    goto done;
-                                h->chunks[h->chunk_count++] =
-                                    (struct chunk){runs[r].offset + 16 * i, 0};
-                                s->end = (uint32_t)h->chunk_count;
-                            }
-                            h->chunks[s->end - 1].pairs++;
-                            length++;
-                            for (int o = 0; o < PANEL; o++)
-                                sums[o] += add[o];
-                        }
-                    used += total * 64;
+        for (int p = 0; p < h->panels; p++) {
+            size_t first = (size_t)group * h->sets * h->panels + p;
+            gather_panel(h, weight, group, p, given);
+            for (int c = 0; c < h->in_group; c++) {
+                uint64_t points[MAX_SETS * PANEL], *from = given + (size_t)c * taps * PANEL;
+                if (!direct) {
+                    at_points(a, from, points);
+                    from = points;
+                }
+                for (int i = 0; i < values; i++, from += PANEL) {
+                    char *to = h->weights + (size_t)(c / 2) * pair +
+                               (direct ? first * h->panel_bytes + i * value
+                                       : (first + (size_t)i * h->panels) * h->panel_bytes);
+                    if (words)
+                        memcpy(to + c % 2 * 128, from, 128);
+                    else
+                        for (int lane = 0; lane < PANEL; lane++)
+                            ((int16_t *)to)[2 * lane + c % 2] = (int16_t)from[lanes[lane]];
                 }
             }
-    h->start[index] = h->segment_count;
-    h->weight_bytes = used;
-    h->weights = allocate(used);
-    if (!h->weights)
-        goto done;
-    memcpy(h->weights, packed, used);
+        }
+    int count = make_runs(h, runs);
+    for (; index < (size_t)h->groups * h->sets * h->panels; index++) {
+        h->start[index] = (uint32_t)h->chunk_count;
+        if (!cut(h, &room, runs, count, (int16_t *)(h->weights + index * h->panel_bytes)))
+            goto done;
+    }
+    h->start[index] = (uint32_t)h->chunk_count;
     ok = 1;
 done:
     free(runs);
-    free(panel);
-    free(packed);
+    free(given);
     return ok;
 }
 
@@ -616,45 +645,39 @@ static bool applicable(const struct pi_ringconv *h, int scheme)
            h->n + lost_bits(scheme) <= 64;
 }
 
-/* Estimated ns for one image, the weights' size taken from the largest one at each point. */
-static double estimate(const struct pi_ringconv *h, int scheme, const uint64_t *w)
+static int digits_for(const struct pi_ringconv *h, int scheme, const uint64_t *weight)
+{
+    if (scheme == PLAIN || !is_narrow(h, scheme, weight))
+        return 0;
+    return (h->n + lost_bits(scheme) + 15) / 16;
+}
+
+/* Estimated ns for a batch. */
+static double estimate(const struct pi_ringconv *h, int scheme, int digits, int batch)
 {
     const struct algorithm *a = &algorithms[scheme];
-    size_t pixels = (size_t)h->out_height * h->out_width;
-    size_t count = (size_t)h->out * h->in_group;
+    double pixels = (double)h->out_height * h->out_width * batch;
+    double count = (double)h->out * h->in_group;
     int taps = h->kernel_h * h->kernel_w;
-    double speed = 32.0 / h->isa->vector;
     if (scheme == PLAIN)
-        return 0.6 * (double)pixels * (double)count * taps + 20.0 * (double)h->out * taps;
-    double products = 0, bytes = 0, rows = (double)pixels;
-    if (scheme != DIRECT)
-        rows = (double)tiles(h->out_height, a->tall) * tiles(h->out_width, a->wide);
-    int sets = scheme == DIRECT ? 1 : a->tall->rows * a->wide->rows;
-    for (int set = 0; set < sets; set++) {
-        uint64_t largest = 0;
-        for (size_t i = 0; i < count * (scheme == DIRECT ? taps : 1); i++) {
-            uint64_t v = magnitude(scheme == DIRECT ? w[i] : at_point(a, set, w + 9 * i));
-            largest = v > largest ? v : largest;
-        }
-        struct term terms[MAX_TERMS];
-        int n = make_terms(terms, largest, h->n + lost_bits(scheme)), uses = 1;
-        if (scheme != DIRECT) {
-            uses = 0;
-            for (int p = 0; p < a->tall->points * a->wide->points; p++)
-                uses += set_of(a, p) == set;
-        }
-        double pairs = (double)h->pairs * (scheme == DIRECT ? taps : 1);
-        for (int t = 0; t < n; t++) {
-            products += uses * (pairs * terms[t].digits * 0.4 + 5);
-            bytes += pairs * 64;
-        }
+        return (0.6 * pixels * count + 20.0 * h->out) * taps;
+    bool direct = scheme == DIRECT;
+    double rows = pixels, panels = (double)h->panels * h->groups;
+    if (!direct)
+        rows = (double)tiles(h->out_height, a->tall) * tiles(h->out_width, a->wide) * batch;
+    double pairs = (double)h->pairs * (direct ? taps : 1);
+    double pair = digits ? digits * h->isa->digit_ns * 1.1 : h->isa->word_ns;
+    double multiply = rows * panels * (pairs * pair + 3);
+    double stream = pairs * panels * (digits ? 64 : 256) / 25, products = 0;
+    for (int set = 0; set < (direct ? 1 : a->tall->rows * a->wide->rows); set++) {
+        int uses = direct;
+        for (int p = 0; !direct && p < a->tall->points * a->wide->points; p++)
+            uses += set_of(a, p) == set;
+        products += 0.15 * stream + (multiply * uses > stream ? multiply * uses : stream);
     }
-    double panels = (double)h->panels * h->groups;
-    double multiply = products * panels * rows * speed, stream = bytes * panels / 40;
-    double in = (scheme == DIRECT ? 2.0 * h->stride_h * h->stride_w : a->in) *
-                ((h->in_group + 3) / 4) * h->groups;
-    double out = (scheme == DIRECT ? 3.0 : a->out) * ((h->out_group + 3) / 4) * h->groups;
-    return (multiply > stream ? multiply : stream) + 0.15 * stream + rows * (in + out) * speed;
+    double in = (direct ? 2.0 * h->stride_h * h->stride_w : a->in) * ((h->in_group + 3) / 4);
+    double out = (direct ? 3.0 : a->out) * ((h->out_group + 3) / 4);
+    return products + rows * (in + out) * h->groups * h->isa->transform;
 }
 
 static void choose_blocks(struct pi_ringconv *h)
@@ -672,6 +695,10 @@ static void choose_blocks(struct pi_ringconv *h)
                 h->product[k++] = (uint8_t)p;
         h->first_product[set + 1] = (uint8_t)k;
     }
+    h->panel_bytes = (size_t)h->pairs * (h->digits ? 64 : 256);
+    if (direct)
+        h->panel_bytes *= (size_t)h->kernel_h * h->kernel_w;
+    h->weight_bytes = h->panel_bytes * h->groups * h->sets * h->panels;
     h->down = h->kernel_h == 1 ? 1 : h->stride_h;
     h->right = h->kernel_w == 1 ? 1 : h->stride_w;
     h->skip_h = h->kernel_h == 1 ? h->stride_h : 1;
@@ -709,7 +736,8 @@ static void choose_blocks(struct pi_ringconv *h)
                                ((h->columns - 1) * a->wide->outputs * a->wide->stride +
                                 a->wide->points);
     size_t back = direct ? 0 : (size_t)a->tall->outputs * h->columns * a->wide->outputs;
-    h->band_bytes = round_up((band > back ? band : back) * h->isa->vector, 64);
+    /* Vectors may read and write a little more than there is; see load_row. */
+    h->band_bytes = round_up(((band > back ? band : back) + 8) * h->isa->vector, 64);
     h->zero_bytes = round_up((size_t)h->width * 8, 64);
 }
 
@@ -737,7 +765,6 @@ EXPORT void pi_ringconv_free(struct pi_ringconv *h)
 {
     if (!h)
         return;
-    free(h->segments);
     free(h->chunks);
     free(h->start);
     free(h->weights);
@@ -752,9 +779,10 @@ EXPORT void pi_ringconv_free(struct pi_ringconv *h)
  * weight:   (out, in / groups, kernel h, kernel w) words; small ones are fastest.
  * scheme:   -1 the best for n, -2 the better of direct and plain, else one of `enum scheme`.
  * isa:      a name, or NULL for the best.
+ * batch:    the usual number of images, for the choice.
  */
 EXPORT struct pi_ringconv *pi_ringconv_prepare(const uint64_t *weight, const int32_t *geometry,
-                                               int n, int scheme, const char *isa)
+                                               int n, int scheme, const char *isa, int batch)
 {
     struct pi_ringconv *h = calloc(1, sizeof *h);
     if (!h)
@@ -781,42 +809,50 @@ EXPORT struct pi_ringconv *pi_ringconv_prepare(const uint64_t *weight, const int
     h->image_in = (size_t)h->in * h->height * h->width;
     h->image_out = (size_t)h->out * h->plane;
     size_t count = (size_t)h->out * h->in_group * h->kernel_h * h->kernel_w;
-    h->words = malloc(count * sizeof *h->words);
-    if (!h->words)
-        goto fail;
-    for (size_t i = 0; i < count; i++)
-        h->words[i] = (uint64_t)((int64_t)(weight[i] << (64 - n)) >> (64 - n));
     if (scheme >= 0) {
         if (scheme >= SCHEMES || !applicable(h, scheme))
             goto fail;
         h->scheme = scheme;
+        h->digits = digits_for(h, scheme, weight);
     } else {
         double best = 0;
         for (int s = 0; s < SCHEMES; s++) {
             if (!applicable(h, s) || (scheme == -2 && s != DIRECT && s != PLAIN))
                 continue;
-            double cost = estimate(h, s, h->words);
+            int digits = digits_for(h, s, weight);
+            double cost = estimate(h, s, digits, batch);
             if (s == 0 || cost < best) {
                 best = cost;
                 h->scheme = s;
+                h->digits = digits;
             }
         }
     }
-    if (h->scheme == PLAIN)
+    if (h->scheme == PLAIN) {
+        h->words = malloc(count * sizeof *h->words);
+        if (!h->words)
+            goto fail;
+        for (size_t i = 0; i < count; i++)
+            h->words[i] = extended(weight[i], n);
         return h;
+    }
     choose_blocks(h);
-    if (!pack(h, h->words))
+    if (!pack(h, weight) || !make_rows(h))
         goto fail;
-    free(h->words);
-    h->words = NULL;
-    choose_blocks(h); /* now that the size of the weights is known */
-    if (!make_rows(h))
-        goto fail;
-    give_workspace(take_workspace(workspace_bytes(h)));
+    give_workspace(take_workspace(workspace_bytes(h, 1)));
     return h;
 fail:
     pi_ringconv_free(h);
     return NULL;
+}
+
+/* Bytes of a prepared convolution. */
+EXPORT uint64_t pi_ringconv_bytes(const struct pi_ringconv *h)
+{
+    size_t rows = (size_t)h->block_images * h->block_rows * h->columns;
+    if (h->scheme == PLAIN)
+        return sizeof *h->words * (size_t)h->out * h->in_group * h->kernel_h * h->kernel_w;
+    return h->weight_bytes + h->chunk_count * sizeof *h->chunks + rows * sizeof *h->row;
 }
 
 /* What was chosen: its name, or the instruction set. */
@@ -831,97 +867,154 @@ EXPORT const char *pi_ringconv_features(void)
 }
 
 /* Multiplications of words, nothing else: for shapes that fill no vector (depthwise). */
-static void run_plain(const struct pi_ringconv *h, const uint64_t *x, const uint64_t *add,
-                      uint64_t *y, int batch)
+static void run_plain(const struct pi_ringconv *h, struct block *b)
 {
-    for (int image = 0; image < batch; image++)
-        for (int o = 0; o < h->out; o++) {
-            uint64_t *to = y + (size_t)image * h->image_out + (size_t)o * h->plane;
-            if (!add)
-                memset(to, 0, h->plane * sizeof *to);
-            else if (add != y)
-                memcpy(to, add + (to - y), h->plane * sizeof *to);
-            const uint64_t *w =
-                h->words + (size_t)o * h->in_group * h->kernel_h * h->kernel_w;
-            const uint64_t *from = x + (size_t)image * h->image_in +
-                                   (size_t)(o / h->out_group) * h->in_group * h->height * h->width;
-            for (int c = 0; c < h->in_group; c++, from += (size_t)h->height * h->width)
-                for (int i = 0; i < h->kernel_h; i++)
-                    for (int j = 0; j < h->kernel_w; j++, w++) {
-                        int left = h->pad_w - j * h->dilation_w, first = 0, last = h->out_width;
-                        if (left > 0)
-                            first = (left + h->stride_w - 1) / h->stride_w;
-                        while (last > first && (last - 1) * h->stride_w - left >= h->width)
-                            last--;
-                        for (int r = 0; r < h->out_height; r++) {
-                            int at = r * h->stride_h + i * h->dilation_h - h->pad_h;
-                            if (at < 0 || at >= h->height)
-                                continue;
-                            const uint64_t *line = from + (size_t)at * h->width;
-                            uint64_t *out = to + (size_t)r * h->out_width;
-                            if (h->stride_w == 1)
-                                for (int q = first; q < last; q++)
-                                    out[q] += *w * line[q - left];
-                            else
-                                for (int q = first; q < last; q++)
-                                    out[q] += *w * line[q * h->stride_w - left];
-                        }
+    const uint64_t *x = b->x, *add = b->add;
+    uint64_t *y = b->y;
+    struct slice s = slice_of(b, b->images * h->out);
+    for (int task = s.begin; task < s.end; task++) {
+        int image = task / h->out, o = task % h->out;
+        uint64_t *to = y + (size_t)image * h->image_out + (size_t)o * h->plane;
+        if (!add)
+            memset(to, 0, h->plane * sizeof *to);
+        else if (add != y)
+            memcpy(to, add + (to - y), h->plane * sizeof *to);
+        const uint64_t *w =
+            h->words + (size_t)o * h->in_group * h->kernel_h * h->kernel_w;
+        const uint64_t *from = x + (size_t)image * h->image_in +
+                               (size_t)(o / h->out_group) * h->in_group * h->height * h->width;
+        for (int c = 0; c < h->in_group; c++, from += (size_t)h->height * h->width)
+            for (int i = 0; i < h->kernel_h; i++)
+                for (int j = 0; j < h->kernel_w; j++, w++) {
+                    int left = h->pad_w - j * h->dilation_w, first = 0, last = h->out_width;
+                    if (left > 0)
+                        first = (left + h->stride_w - 1) / h->stride_w;
+                    while (last > first && (last - 1) * h->stride_w - left >= h->width)
+                        last--;
+                    for (int r = 0; r < h->out_height; r++) {
+                        int at = r * h->stride_h + i * h->dilation_h - h->pad_h;
+                        if (at < 0 || at >= h->height)
+                            continue;
+                        const uint64_t *line = from + (size_t)at * h->width;
+                        uint64_t *out = to + (size_t)r * h->out_width;
+                        if (h->stride_w == 1)
+                            for (int q = first; q < last; q++)
+                                out[q] += *w * line[q - left];
+                        else
+                            for (int q = first; q < last; q++)
+                                out[q] += *w * line[q * h->stride_w - left];
                     }
+                }
+        if (b->end.on)
+            for (size_t i = 0; i < h->plane; i++)
+                to[i] = finish_word(to[i], &b->end);
         }
 }
 
 /* All products of a block: M = W V. */
-static void multiply(const struct pi_ringconv *h, const struct block *b, int group)
+static void multiply(const struct pi_ringconv *h, const struct block *b)
 {
-    int rows = b->images * b->rows * h->columns;
-    size_t index = (size_t)group * h->sets * h->panels, pitch = (size_t)h->panels * PANEL;
+    int rows = b->images * b->rows * h->columns, task = 0;
+    size_t pitch = (size_t)h->panels * PANEL;
+    struct slice s = slice_of(b, h->products * h->panels);
+    rows_kernel *kernel = h->isa->rows[h->digits];
     for (int set = 0; set < h->sets; set++)
-        for (int p = 0; p < h->panels; p++, index++)
-            for (size_t i = h->start[index]; i < h->start[index + 1]; i++) {
-                const struct segment *s = &h->segments[i];
-                rows_kernel *kernel = h->isa->rows[s->digits - 1];
-                for (int k = h->first_product[set]; k < h->first_product[set + 1]; k++)
-                    kernel(s, h->chunks, h->weights, b->v + h->product[k] * h->v_pitch, h->row,
-                           rows, b->m + h->product[k] * h->m_pitch + p * PANEL, pitch);
-            }
+        for (int p = 0; p < h->panels; p++) {
+            size_t index = ((size_t)b->group * h->sets + set) * h->panels + p;
+            for (int k = h->first_product[set]; k < h->first_product[set + 1]; k++, task++)
+                if (task >= s.begin && task < s.end)
+                    kernel(h->chunks + h->start[index], h->chunks + h->start[index + 1],
+                           h->weights + index * h->panel_bytes,
+                           b->v + h->product[k] * h->v_pitch, h->row, rows,
+                           b->m + h->product[k] * h->m_pitch + p * PANEL, pitch);
+        }
+}
+
+enum step { INPUT, MULTIPLY, OUTPUT, ALL };
+
+struct run {
+    const struct pi_ringconv *h;
+    struct block block;
+    enum step step;
+    atomic_uint near;
+};
+
+static void run_part(void *context, int part, int parts)
+{
+    struct run *run = context;
+    const struct pi_ringconv *h = run->h;
+    struct block b = run->block;
+    b.part = part;
+    b.parts = parts;
+    b.band += (size_t)part * h->band_bytes;
+    switch (run->step) {
+    case INPUT: h->isa->input(h, &b); return;
+    case MULTIPLY: multiply(h, &b); return;
+    case OUTPUT: h->isa->output(h, &b); break;
+    case ALL: run_plain(h, &b);
+    }
+    uint64_t near = 0;
+    for (int i = 0; i < 8; i++)
+        near |= b.end.near[i];
+    atomic_fetch_or(&run->near, near != 0);
 }
 
 /* y = conv(x, W) + add mod 2^n, for `batch` images; the bits of y from n on are unspecified.
  * add may be NULL or y. A handle is read only: any number of threads may call with one.
- * Returns 0, or -1 if there was no memory.
+ * threads: how many may work on it.
+ * f:       >= 0: y is shifted right by f bits, as a signed number of n bits (0 <= f < n).
+ * bound:   < 2^(n-1): with f >= 0, whether any word before the shift was within it of +-2^(n-1).
+ * Returns that (0 or 1), or -1 if there was no memory.
  */
 EXPORT int pi_ringconv_run(const struct pi_ringconv *h, const uint64_t *x, const uint64_t *add,
-                           uint64_t *y, int batch)
+                           uint64_t *y, int batch, int threads, int f, uint64_t bound)
 {
-    if (h->scheme == PLAIN) {
-        run_plain(h, x, add, y, batch);
-        return 0;
+    struct run run = {.h = h};
+    struct block *b = &run.block;
+    if (f >= 0) {
+        struct finish *end = &b->end;
+        end->on = true;
+        end->f = f;
+        end->spare = 64 - h->n;
+        end->start = ((uint64_t)1 << (h->n - 1)) - bound;
+        end->span = (2 * bound) << end->spare;
+        end->sign = (uint64_t)1 << (63 - end->spare - f);
     }
-    struct workspace *space = take_workspace(workspace_bytes(h));
-    if (!space)
+    threads = pool_take(threads);
+    if (h->scheme == PLAIN) {
+        b->x = x, b->add = add, b->y = y, b->images = batch;
+        run.step = ALL;
+        pool_run(threads, run_part, &run);
+        pool_give(threads);
+        return (int)run.near;
+    }
+    struct workspace *space = take_workspace(workspace_bytes(h, threads));
+    if (!space) {
+        pool_give(threads);
         return -1;
-    struct block b = {.v = space->memory};
-    b.m = (uint64_t *)(b.v + h->v_bytes);
-    b.band = (char *)b.m + h->m_bytes;
-    b.zeros = (uint64_t *)(b.band + h->band_bytes);
-    memset(b.band + h->band_bytes, 0, h->zero_bytes);
-    for (int group = 0; group < h->groups; group++)
+    }
+    b->v = space->memory;
+    b->m = (uint64_t *)(b->v + h->v_bytes);
+    b->band = (char *)b->m + h->m_bytes;
+    b->zeros = (uint64_t *)(b->band + h->band_bytes * (size_t)threads);
+    memset(b->band + h->band_bytes * (size_t)threads, 0, h->zero_bytes);
+    for (b->group = 0; b->group < h->groups; b->group++)
         for (int image = 0; image < batch; image += h->block_images)
-            for (b.row = 0; b.row < h->tile_rows; b.row += h->block_rows) {
+            for (b->row = 0; b->row < h->tile_rows; b->row += h->block_rows) {
                 size_t in = (size_t)image * h->image_in +
-                            (size_t)group * h->in_group * h->height * h->width;
+                            (size_t)b->group * h->in_group * h->height * h->width;
                 size_t out = (size_t)image * h->image_out +
-                             (size_t)group * h->out_group * h->plane;
-                b.x = x + in;
-                b.y = y + out;
-                b.add = add ? add + out : NULL;
-                b.images = batch - image < h->block_images ? batch - image : h->block_images;
-                b.rows = h->tile_rows - b.row < h->block_rows ? h->tile_rows - b.row
-                                                              : h->block_rows;
-                h->isa->input(h, &b);
-                multiply(h, &b, group);
-                h->isa->output(h, &b);
+                             (size_t)b->group * h->out_group * h->plane;
+                b->x = x + in;
+                b->y = y + out;
+                b->add = add ? add + out : NULL;
+                b->images = batch - image < h->block_images ? batch - image : h->block_images;
+                b->rows = h->tile_rows - b->row < h->block_rows ? h->tile_rows - b->row
+                                                                : h->block_rows;
+                for (run.step = INPUT; run.step <= OUTPUT; run.step++)
+                    pool_run(threads, run_part, &run);
             }
     give_workspace(space);
-    return 0;
+    pool_give(threads);
+    return (int)run.near;
 }

@@ -5,6 +5,8 @@
  *   VB           bytes of a vector: 16, 32 or 64
  *   ROWS         rows of V that the inner kernel takes at once
  *   MADD(c,d,w,x)  c[p][d] += w[p] . *x for all p < PARTS, pairs of int16 into int32
+ *   DIGIT_NS     time of a channel pair of a row times a panel, for one digit; WORD_NS, of words
+ *   TRANSFORM_NS time of the transforms, relative
  *   LOW, HIGH    interleave the low or high halves of 128-bit blocks of int32
  *   PAIR(v)      interleave the int16 of the two 64-bit halves of each 128-bit block
  *
@@ -27,8 +29,21 @@ typedef int32_t NAME(signs) __attribute__((vector_size(VB), may_alias));
 
 /* ---- products ----------------------------------------------------------------------------- */
 
-/* Recombine the sums of `digits` digits into words and store or add them to m. */
-INLINE void NAME(combine)(const SUMS *sum, int digits, int shift, int first, uint64_t *m)
+/* Bring what exceeds 16 bits of the lowest sums to the next ones, which makes room. */
+INLINE void NAME(carry)(SUMS *sum, int digits)
+{
+    if (digits > 3) {
+        sum[2] += (SUMS)((SIGNS)sum[1] >> 16);
+        sum[1] &= 0xffff;
+    }
+    if (digits > 2) {
+        sum[1] += (SUMS)((SIGNS)sum[0] >> 16);
+        sum[0] &= 0xffff;
+    }
+}
+
+/* Recombine the sums of `digits` digits into words. */
+INLINE void NAME(combine)(const SUMS *sum, int digits, uint64_t *m)
 {
     SUMS high = (SUMS)((SIGNS)sum[0] >> 31);
     if (digits > 2)
@@ -41,22 +56,13 @@ INLINE void NAME(combine)(const SUMS *sum, int digits, int shift, int first, uin
         low += (WORDS)LOW(a, b);
         top += (WORDS)HIGH(a, b);
     }
-    if (shift) {
-        low <<= shift;
-        top <<= shift;
-    }
     WORDS *out = (WORDS *)m;
-    if (first) {
-        out[0] = low;
-        out[1] = top;
-    } else {
-        out[0] += low;
-        out[1] += top;
-    }
+    out[0] = low;
+    out[1] = top;
 }
 
 /* One channel pair: `rows` rows of V times 16 output channels. */
-INLINE void NAME(step)(int rows, int digits, int ahead, const char *w, const char **x,
+INLINE void NAME(step)(int rows, int digits, const char *w, const char *const *x, int pair,
                        SUMS sum[][PARTS][4])
 {
     SUMS weight[PARTS];
@@ -64,20 +70,16 @@ INLINE void NAME(step)(int rows, int digits, int ahead, const char *w, const cha
     for (int p = 0; p < PARTS; p++)
         weight[p] = *(const SUMS *)(w + VB * p);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int d = 0; d < digits; d++)
-            MADD(sum[r], d, weight, (const digit_pair *)(x[r] + 4 * d));
-        x[r] += 16;
-    }
-    if (ahead)
-        __builtin_prefetch(w + ahead, 0, 2);
+            MADD(sum[r], d, weight, (const digit_pair *)(x[r] + 16 * pair + 4 * d));
 }
 
-/* One segment: `rows` rows of V times a panel of 16 output channels, into m[row][16]. */
-INLINE void NAME(tile)(int rows, int digits, int ahead, const struct segment *s,
-                       const struct chunk *chunks, const char *panel, const char *v,
-                       const int32_t *row, uint64_t *m, size_t pitch)
+/* `rows` rows of V times a panel of 16 output channels, into m[row][16]. */
+INLINE void NAME(tile)(int rows, int digits, size_t ahead, const struct chunk *c,
+                       const struct chunk *end, const char *w, const char *v, const int32_t *row,
+                       uint64_t *m, size_t pitch)
 {
     SUMS sum[ROWS][PARTS][4];
 #pragma GCC unroll 8
@@ -87,59 +89,133 @@ INLINE void NAME(tile)(int rows, int digits, int ahead, const struct segment *s,
 #pragma GCC unroll 4
             for (int d = 0; d < digits; d++)
                 sum[r][p][d] = (SUMS){0};
-    const char *w = panel + s->panel;
-    v += 4 * s->digit;
-    for (const struct chunk *c = chunks + s->begin; c < chunks + s->end; c++) {
+    for (; c < end; c++) {
         const char *x[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
             x[r] = v + row[r] + c->offset;
-        int k = c->pairs;
-        for (; k >= 4; k -= 4)
+        int k = 0;
+        for (; k + 4 <= c->pairs; k += 4, w += 256)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++, w += 64)
-                NAME(step)(rows, digits, ahead, w, x, sum);
-        for (; k > 0; k--, w += 64)
-            NAME(step)(rows, digits, ahead, w, x, sum);
+            for (int i = 0; i < 4; i++) {
+                NAME(step)(rows, digits, w + 64 * i, x, k + i, sum);
+                __builtin_prefetch(w + 64 * i + ahead, 0, 2);
+            }
+        for (; k < c->pairs; k++, w += 64) {
+            NAME(step)(rows, digits, w, x, k, sum);
+            __builtin_prefetch(w + ahead, 0, 2);
+        }
+        if (c->carry)
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                for (int p = 0; p < PARTS; p++)
+                    NAME(carry)(sum[r][p], digits);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int p = 0; p < PARTS; p++)
-            NAME(combine)(sum[r][p], digits, s->shift, s->first, m + r * pitch + 2 * L * p);
+            NAME(combine)(sum[r][p], digits, m + r * pitch + 2 * L * p);
 }
 
-INLINE void NAME(all_rows)(int digits, const struct segment *s, const struct chunk *chunks,
-                           const char *panel, const char *v, const int32_t *row, int rows,
-                           uint64_t *m, size_t pitch)
+/* The same for weights and rows in words. */
+INLINE void NAME(word_tile)(int rows, size_t ahead, const struct chunk *c, const struct chunk *end,
+                            const char *w, const char *v, const int32_t *row, uint64_t *m,
+                            size_t pitch)
 {
-    int r = 0;
-    if (rows >= ROWS) {
-        NAME(tile)(ROWS, digits, AHEAD, s, chunks, panel, v, row, m, pitch);
-        r = ROWS;
-    }
-    for (; r + ROWS <= rows; r += ROWS)
-        NAME(tile)(ROWS, digits, 0, s, chunks, panel, v, row + r, m + r * pitch, pitch);
-#if ROWS > 1
-    for (; r < rows; r++)
-        NAME(tile)(1, digits, AHEAD, s, chunks, panel, v, row + r, m + r * pitch, pitch);
+    WORDS sum[ROWS][2 * PARTS];
+#if VB == 32
+    WORDS cross[ROWS][2 * PARTS]; /* counts from bit 32 on */
 #endif
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int p = 0; p < 2 * PARTS; p++) {
+            sum[r][p] = (WORDS){0};
+#if VB == 32
+            cross[r][p] = (WORDS){0};
+#endif
+        }
+    for (; c < end; c++) {
+        const char *x[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            x[r] = v + row[r] + c->offset;
+        for (int k = 0; k < 2 * c->pairs; k++, w += 128) {
+            __builtin_prefetch(w + ahead, 0, 2);
+            __builtin_prefetch(w + 64 + ahead, 0, 2);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                WORDS b = (WORDS){0} + *(const uint64_t *)(x[r] + 8 * k);
+#pragma GCC unroll 8
+                for (int p = 0; p < 2 * PARTS; p++) {
+                    WORDS weight = *(const WORDS *)(w + VB * p);
+#if VB == 32
+                    __m256i g = (__m256i)weight, y = (__m256i)b;
+                    sum[r][p] += (WORDS)_mm256_mul_epu32(g, y);
+                    cross[r][p] += (WORDS)_mm256_mul_epu32(_mm256_srli_epi64(g, 32), y) +
+                                   (WORDS)_mm256_mul_epu32(g, _mm256_srli_epi64(y, 32));
+#else
+                    sum[r][p] += weight * b;
+#endif
+                }
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int p = 0; p < 2 * PARTS; p++) {
+#if VB == 32
+            sum[r][p] += cross[r][p] << 32;
+#endif
+            *(WORDS *)(m + r * pitch + L * p) = sum[r][p];
+        }
 }
 
-#define DIGITS_CASE(D)                                                                        \
-    TARGET static void NAME(rows_##D)(const struct segment *s, const struct chunk *chunks,    \
-                                      const char *panel, const char *v, const int32_t *row,   \
+#define ROWS_KERNEL(D, TILE)                                                                  \
+    TARGET static void NAME(rows_##D)(const struct chunk *c, const struct chunk *end,         \
+                                      const char *w, const char *v, const int32_t *row,       \
                                       int rows, uint64_t *m, size_t pitch)                    \
     {                                                                                         \
-        NAME(all_rows)(D, s, chunks, panel, v, row, rows, m, pitch);                          \
+        size_t ahead = AHEAD;                                                                 \
+        int r = 0;                                                                            \
+        for (; r + ROWS <= rows; r += ROWS, ahead = 0)                                        \
+            TILE(ROWS, ahead, c, end, w, v, row + r, m + r * pitch, pitch);                   \
+        if (ROWS > 2)                                                                         \
+            for (; r + 2 <= rows; r += 2, ahead = 0)                                          \
+                TILE((ROWS > 2 ? 2 : 1), ahead, c, end, w, v, row + r, m + r * pitch, pitch); \
+        if (ROWS > 1 && r < rows)                                                             \
+            TILE(1, ahead, c, end, w, v, row + r, m + r * pitch, pitch);                      \
     }
-DIGITS_CASE(1)
-DIGITS_CASE(2)
-DIGITS_CASE(3)
-DIGITS_CASE(4)
-#undef DIGITS_CASE
+#define DIGITS_1(rows, ...) NAME(tile)(rows, 1, __VA_ARGS__)
+#define DIGITS_2(rows, ...) NAME(tile)(rows, 2, __VA_ARGS__)
+#define DIGITS_3(rows, ...) NAME(tile)(rows, 3, __VA_ARGS__)
+#define DIGITS_4(rows, ...) NAME(tile)(rows, 4, __VA_ARGS__)
+ROWS_KERNEL(0, NAME(word_tile))
+ROWS_KERNEL(1, DIGITS_1)
+ROWS_KERNEL(2, DIGITS_2)
+ROWS_KERNEL(3, DIGITS_3)
+ROWS_KERNEL(4, DIGITS_4)
+#undef ROWS_KERNEL
+#undef DIGITS_1
+#undef DIGITS_2
+#undef DIGITS_3
+#undef DIGITS_4
 
 /* ---- words in and out: image rows against vectors of channels ------------------------------ */
+
+#if VB == 64
+/* The lanes l with 0 <= first + l < count. */
+INLINE __mmask8 NAME(within)(int first, int count)
+{
+    int before = first < 0 ? -first : 0, after = count - first;
+    if (before > 7 || after <= 0)
+        return 0;
+    return (__mmask8)((0xffu << before) & (after > 7 ? 0xffu : (1u << after) - 1));
+}
+#endif
 
 #if VB == 32
 /* The transpose of four vectors of four words. */
@@ -153,13 +229,62 @@ INLINE void NAME(transpose)(WORDS *t)
     t[2] = (WORDS)_mm256_permute2x128_si256(e, g, 0x31);
     t[3] = (WORDS)_mm256_permute2x128_si256(f, h, 0x31);
 }
+#elif VB == 64
+/* The transpose of eight vectors of eight words. */
+INLINE void NAME(transpose)(WORDS *t)
+{
+    __m512i a[8], b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm512_unpacklo_epi64((__m512i)t[i], (__m512i)t[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi64((__m512i)t[i], (__m512i)t[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) { /* words j, j + 4 and j + 2, j + 6 of four vectors */
+            b[i + j] = _mm512_shuffle_i64x2(a[i + j], a[i + j + 2], 0x88);
+            b[i + j + 2] = _mm512_shuffle_i64x2(a[i + j], a[i + j + 2], 0xdd);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        t[j] = (WORDS)_mm512_shuffle_i64x2(b[j], b[j + 4], 0x88);
+        t[j + 4] = (WORDS)_mm512_shuffle_i64x2(b[j], b[j + 4], 0xdd);
+    }
+}
 #endif
 
-/* to[i] = (x[0][i * step - pad], x[1][...], ...), zero outside the row's `width` words. */
+/* to[i] = (x[0][i * step - pad], x[1][...], ...), zero outside the row's `width` words. May write
+ * up to L - 1 vectors more than `count`. */
 TARGET static void NAME(load_row)(WORDS *to, const uint64_t *const *x, int count, int pad, int step,
                                   int width)
 {
-    int i = 0, last = width + pad <= 0 ? 0 : (width + pad - 1) / step + 1;
+    int i = 0;
+#if VB == 64
+    if (step <= 2) {
+        const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0);
+        for (; i < count; i += L) {
+            __mmask8 low = NAME(within)(i * step - pad, width);
+            __mmask8 high = step == 1 ? 0 : NAME(within)(i * step - pad + L, width);
+            ptrdiff_t at = (ptrdiff_t)i * step - pad;
+            WORDS t[L];
+#pragma GCC unroll 8
+            for (int l = 0; l < L; l++) {
+                __m512i v = _mm512_maskz_loadu_epi64(low, x[l] + at);
+                if (step == 2)
+                    v = _mm512_permutex2var_epi64(
+                        v, even, _mm512_maskz_loadu_epi64(high, x[l] + at + L));
+                t[l] = (WORDS)v;
+            }
+            NAME(transpose)(t);
+#pragma GCC unroll 8
+            for (int l = 0; l < L; l++)
+                to[i + l] = t[l];
+        }
+        return;
+    }
+#endif
+    int last = width + pad <= 0 ? 0 : (width + pad - 1) / step + 1;
     if (last > count)
         last = count;
     for (; i < last && i * step < pad; i++)
@@ -185,12 +310,42 @@ TARGET static void NAME(load_row)(WORDS *to, const uint64_t *const *x, int count
         to[i] = (WORDS){0};
 }
 
-/* y[l * plane + i] = from[i * pitch][l] + add[...], l < lanes, i < count. */
+/* y[l * plane + i] = finished(from[i * pitch][l] + add[...]), l < lanes, i < count. */
 TARGET static void NAME(store_row)(const WORDS *from, size_t pitch, int count, int lanes,
-                                   uint64_t *y, const uint64_t *add, size_t plane)
+                                   uint64_t *y, const uint64_t *add, size_t plane,
+                                   struct finish *end)
 {
     int i = 0;
-#if VB == 32
+#if VB == 64
+    const __m512i start = _mm512_set1_epi64((int64_t)(end->start << end->spare));
+    const __m512i span = _mm512_set1_epi64((int64_t)end->span);
+    const __m128i spare = _mm_cvtsi32_si128(end->spare);
+    const __m128i shift = _mm_cvtsi32_si128(end->spare + end->f);
+    __mmask8 found = 0;
+    for (; i < count; i += L) {
+        __mmask8 mask = NAME(within)(i, count);
+        WORDS t[L];
+#pragma GCC unroll 8
+        for (int l = 0; l < L; l++)
+            t[l] = from[(size_t)(i + l < count ? i + l : i) * pitch];
+        NAME(transpose)(t);
+#pragma GCC unroll 8
+        for (int l = 0; l < L; l++) {
+            if (l >= lanes)
+                break;
+            if (add)
+                t[l] += (WORDS)_mm512_maskz_loadu_epi64(mask, add + l * plane + i);
+            if (end->on) {
+                __m512i v = _mm512_sll_epi64((__m512i)t[l], spare);
+                found |= _mm512_mask_cmplt_epu64_mask(mask, _mm512_sub_epi64(v, start), span);
+                t[l] = (WORDS)_mm512_sra_epi64(v, shift);
+            }
+            _mm512_mask_storeu_epi64(y + l * plane + i, mask, (__m512i)t[l]);
+        }
+    }
+    end->near[0] |= found;
+#elif VB == 32
+    WORDS *near = (WORDS *)end->near;
     if (lanes == 4)
         for (; i + 4 <= count; i += 4) {
             WORDS t[4];
@@ -200,13 +355,24 @@ TARGET static void NAME(store_row)(const WORDS *from, size_t pitch, int count, i
             for (int l = 0; l < 4; l++) {
                 if (add)
                     t[l] += (WORDS)_mm256_loadu_si256((const __m256i *)(add + l * plane + i));
+                if (end->on) {
+                    *near |= (WORDS)(((t[l] - end->start) << end->spare) < end->span);
+                    t[l] = (((t[l] << end->spare) >> (end->spare + end->f)) ^ end->sign) -
+                           end->sign;
+                }
                 _mm256_storeu_si256((__m256i *)(y + l * plane + i), (__m256i)t[l]);
             }
         }
 #endif
+#if VB < 64
     for (; i < count; i++)
-        for (int l = 0; l < lanes; l++)
-            y[l * plane + i] = from[i * pitch][l] + (add ? add[l * plane + i] : 0);
+        for (int l = 0; l < lanes; l++) {
+            uint64_t v = from[i * pitch][l] + (add ? add[l * plane + i] : 0);
+            if (end->on)
+                v = finish_word(v, end);
+            y[l * plane + i] = v;
+        }
+#endif
 }
 
 /* Words to digits, channels in pairs. */
@@ -305,125 +471,139 @@ INLINE void NAME(load_band)(const struct pi_ringconv *h, const struct block *b, 
     }
 }
 
+/* One word of V per channel: digits, or the words themselves. */
+INLINE void NAME(put)(char *to, WORDS v, bool words)
+{
+    *(WORDS *)to = words ? v : NAME(digits)(v);
+}
+
 /* `tall` and `wide`: the 1-d algorithms of columns and rows, with p points and m outputs each. */
 INLINE void NAME(tiles_in)(int tall, int wide, const struct pi_ringconv *h, const struct block *b)
 {
     const int tall_p = POINTS(tall), wide_p = POINTS(wide);
     const int down = STEP(tall), right = STEP(wide);
     WORDS *band = (WORDS *)b->band;
-    int columns = (h->columns - 1) * right + wide_p;
-    char *v = b->v;
-    for (int image = 0; image < b->images; image++) {
-        const uint64_t *x = b->x + (size_t)image * h->image_in;
-        for (int r = 0; r < b->rows; r++, v += (size_t)h->columns * h->depth * 8)
-            for (int c = 0; c < h->depth; c += L) {
-                NAME(load_band)(h, b, x, c, (b->row + r) * down - h->pad_h, 1, 1, tall_p, band,
-                                columns);
-                for (int i = 0; i < columns; i++) {
-                    WORDS d[9];
+    int columns = (h->columns - 1) * right + wide_p, vectors = h->depth / L;
+    struct slice s = slice_of(b, b->images * b->rows * vectors);
+    for (int task = s.begin; task < s.end; task++) {
+        int c = task % vectors * L, r = task / vectors % b->rows;
+        const uint64_t *x = b->x + (size_t)(task / vectors / b->rows) * h->image_in;
+        char *v = b->v + ((size_t)(task / vectors) * h->columns * h->depth + c) * 8;
+        NAME(load_band)(h, b, x, c, (b->row + r) * down - h->pad_h, 1, 1, tall_p, band, columns);
+        for (int i = 0; i < columns; i++) {
+            WORDS d[9];
 #pragma GCC unroll 9
-                    for (int j = 0; j < tall_p; j++)
-                        d[j] = band[j * columns + i];
-                    NAME(evaluate)(tall, d);
+            for (int j = 0; j < tall_p; j++)
+                d[j] = band[j * columns + i];
+            NAME(evaluate)(tall, d);
 #pragma GCC unroll 9
-                    for (int j = 0; j < tall_p; j++)
-                        band[j * columns + i] = d[j];
-                }
-                for (int j = 0; j < tall_p; j++) {
-                    char *to = v + (size_t)c * 8 + (size_t)j * wide_p * h->v_pitch;
-                    for (int t = 0; t < h->columns; t++, to += (size_t)h->depth * 8) {
-                        WORDS d[9];
+            for (int j = 0; j < tall_p; j++)
+                band[j * columns + i] = d[j];
+        }
+        for (int j = 0; j < tall_p; j++) {
+            char *to = v + (size_t)j * wide_p * h->v_pitch;
+            for (int t = 0; t < h->columns; t++, to += (size_t)h->depth * 8) {
+                WORDS d[9];
 #pragma GCC unroll 9
-                        for (int i = 0; i < wide_p; i++)
-                            d[i] = band[j * columns + t * right + i];
-                        NAME(evaluate)(wide, d);
+                for (int i = 0; i < wide_p; i++)
+                    d[i] = band[j * columns + t * right + i];
+                NAME(evaluate)(wide, d);
+                if (h->digits)
 #pragma GCC unroll 9
-                        for (int i = 0; i < wide_p; i++)
-                            *(WORDS *)(to + i * h->v_pitch) = NAME(digits)(d[i]);
-                    }
-                }
+                    for (int i = 0; i < wide_p; i++)
+                        NAME(put)(to + i * h->v_pitch, d[i], false);
+                else
+#pragma GCC unroll 9
+                    for (int i = 0; i < wide_p; i++)
+                        NAME(put)(to + i * h->v_pitch, d[i], true);
             }
+        }
     }
 }
 
-INLINE void NAME(tiles_out)(int tall, int wide, const struct pi_ringconv *h, const struct block *b)
+INLINE void NAME(tiles_out)(int tall, int wide, const struct pi_ringconv *h, struct block *b)
 {
     const int tall_p = POINTS(tall), wide_p = POINTS(wide);
     const int tall_m = OUTPUTS(tall), wide_m = OUTPUTS(wide);
     const int shift = LOST(tall) + LOST(wide);
     const uint64_t odd = INVERSE(tall) * INVERSE(wide);
     WORDS *band = (WORDS *)b->band;
-    int columns = h->columns * wide_m;
-    const uint64_t *m = b->m;
-    for (int image = 0; image < b->images; image++)
-        for (int r = 0; r < b->rows; r++, m += (size_t)h->columns * h->panels * 16) {
-            int top = (b->row + r) * tall_m;
-            int rows = h->out_height - top < tall_m ? h->out_height - top : tall_m;
-            for (int o = 0; o < h->out_group; o += L) {
-                for (int t = 0; t < h->columns; t++) {
-                    const uint64_t *from = m + (size_t)t * h->panels * 16 + o;
-                    WORDS half[9][4];
+    int columns = h->columns * wide_m, vectors = (h->out_group + L - 1) / L;
+    struct slice s = slice_of(b, b->images * b->rows * vectors);
+    for (int task = s.begin; task < s.end; task++) {
+        int o = task % vectors * L, r = task / vectors % b->rows;
+        int image = task / vectors / b->rows, top = (b->row + r) * tall_m;
+        int rows = h->out_height - top < tall_m ? h->out_height - top : tall_m;
+        const uint64_t *m = b->m + (size_t)(task / vectors) * h->columns * h->panels * PANEL + o;
+        int lanes = h->out_group - o < L ? h->out_group - o : L;
+        size_t at = (size_t)image * h->image_out + (size_t)o * h->plane +
+                    (size_t)top * h->out_width;
+        for (int t = 0; t < h->columns; t++, m += h->panels * PANEL) {
+            WORDS half[9][4];
+            if (b->add && t * wide_m % 8 == 0)
+                for (int l = 0; l < lanes; l++)
+                    for (int i = 0; i < rows; i++)
+                        __builtin_prefetch(b->add + at + l * h->plane +
+                                               (size_t)i * h->out_width + t * wide_m, 1, 3);
 #pragma GCC unroll 9
-                    for (int j = 0; j < wide_p; j++) {
-                        WORDS d[9];
+            for (int j = 0; j < wide_p; j++) {
+                WORDS d[9];
 #pragma GCC unroll 9
-                        for (int i = 0; i < tall_p; i++)
-                            d[i] = *(const WORDS *)(from + (i * wide_p + j) * h->m_pitch);
-                        NAME(interpolate)(tall, d, half[j]);
-                    }
+                for (int i = 0; i < tall_p; i++)
+                    d[i] = *(const WORDS *)(m + (i * wide_p + j) * h->m_pitch);
+                NAME(interpolate)(tall, d, half[j]);
+            }
 #pragma GCC unroll 4
-                    for (int i = 0; i < tall_m; i++) {
-                        WORDS d[9], y[4];
+            for (int i = 0; i < tall_m; i++) {
+                WORDS d[9], y[4];
 #pragma GCC unroll 9
-                        for (int j = 0; j < wide_p; j++)
-                            d[j] = half[j][i];
-                        NAME(interpolate)(wide, d, y);
+                for (int j = 0; j < wide_p; j++)
+                    d[j] = half[j][i];
+                NAME(interpolate)(wide, d, y);
 #pragma GCC unroll 4
-                        for (int j = 0; j < wide_m; j++)
-                            band[i * columns + t * wide_m + j] = (y[j] * odd) >> shift;
-                    }
-                }
-                int lanes = h->out_group - o < L ? h->out_group - o : L;
-                for (int i = 0; i < rows; i++) {
-                    size_t at = (size_t)image * h->image_out + (size_t)o * h->plane +
-                                (size_t)(top + i) * h->out_width;
-                    NAME(store_row)(band + (size_t)i * columns, 1, h->out_width, lanes, b->y + at,
-                                    b->add ? b->add + at : NULL, h->plane);
-                }
+                for (int j = 0; j < wide_m; j++)
+                    band[i * columns + t * wide_m + j] = (y[j] * odd) >> shift;
             }
         }
+        for (int i = 0; i < rows; i++, at += (size_t)h->out_width) {
+            NAME(store_row)(band + (size_t)i * columns, 1, h->out_width, lanes, b->y + at,
+                            b->add ? b->add + at : NULL, h->plane, &b->end);
+        }
+    }
 }
 
 TARGET static void NAME(pixels_in)(const struct pi_ringconv *h, const struct block *b)
 {
     WORDS *band = (WORDS *)b->band;
     int count = (b->rows - 1) * h->down + (h->kernel_h - 1) * h->dilation_h + 1;
-    for (int image = 0; image < b->images; image++)
-        for (int r = 0; r < count; r++)
-            for (int c = 0; c < h->depth; c += L) {
-                int y = (b->row * h->down + r) * h->skip_h - h->pad_h;
-                NAME(load_band)(h, b, b->x + (size_t)image * h->image_in, c, y, 0, h->skip_w, 1,
-                                band, h->v_columns);
-                char *to = b->v + ((size_t)image * h->v_rows + r) * h->v_columns * h->depth * 8 +
-                           (size_t)c * 8;
-                for (int i = 0; i < h->v_columns; i++, to += (size_t)h->depth * 8)
-                    *(WORDS *)to = NAME(digits)(band[i]);
-            }
+    int vectors = h->depth / L;
+    struct slice s = slice_of(b, b->images * count * vectors);
+    for (int task = s.begin; task < s.end; task++) {
+        int c = task % vectors * L, r = task / vectors % count, image = task / vectors / count;
+        int y = (b->row * h->down + r) * h->skip_h - h->pad_h;
+        NAME(load_band)(h, b, b->x + (size_t)image * h->image_in, c, y, 0, h->skip_w, 1, band,
+                        h->v_columns);
+        char *to = b->v + ((size_t)image * h->v_rows + r) * h->v_columns * h->depth * 8 +
+                   (size_t)c * 8;
+        for (int i = 0; i < h->v_columns; i++, to += (size_t)h->depth * 8)
+            NAME(put)(to, band[i], !h->digits);
+    }
 }
 
-TARGET static void NAME(pixels_out)(const struct pi_ringconv *h, const struct block *b)
+TARGET static void NAME(pixels_out)(const struct pi_ringconv *h, struct block *b)
 {
-    size_t pitch = (size_t)h->panels * 16;
-    const uint64_t *m = b->m;
-    for (int image = 0; image < b->images; image++)
-        for (int r = 0; r < b->rows; r++, m += pitch * h->out_width)
-            for (int o = 0; o < h->out_group; o += L) {
-                int lanes = h->out_group - o < L ? h->out_group - o : L;
-                size_t at = (size_t)image * h->image_out + (size_t)o * h->plane +
-                            (size_t)(b->row + r) * h->out_width;
-                NAME(store_row)((const WORDS *)(m + o), pitch / L, h->out_width, lanes, b->y + at,
-                                b->add ? b->add + at : NULL, h->plane);
-            }
+    size_t pitch = (size_t)h->panels * PANEL;
+    int vectors = (h->out_group + L - 1) / L;
+    struct slice s = slice_of(b, b->images * b->rows * vectors);
+    for (int task = s.begin; task < s.end; task++) {
+        int o = task % vectors * L, r = task / vectors % b->rows;
+        int image = task / vectors / b->rows, lanes = h->out_group - o < L ? h->out_group - o : L;
+        const uint64_t *m = b->m + (size_t)(task / vectors) * pitch * h->out_width + o;
+        size_t at = (size_t)image * h->image_out + (size_t)o * h->plane +
+                    (size_t)(b->row + r) * h->out_width;
+        NAME(store_row)((const WORDS *)m, pitch / L, h->out_width, lanes, b->y + at,
+                        b->add ? b->add + at : NULL, h->plane, &b->end);
+    }
 }
 
 TARGET static void NAME(input)(const struct pi_ringconv *h, const struct block *b)
@@ -439,7 +619,7 @@ TARGET static void NAME(input)(const struct pi_ringconv *h, const struct block *
     }
 }
 
-TARGET static void NAME(output)(const struct pi_ringconv *h, const struct block *b)
+TARGET static void NAME(output)(const struct pi_ringconv *h, struct block *b)
 {
     switch (h->scheme) {
     case F2F2: NAME(tiles_out)(F2, F2, h, b); break;
@@ -453,8 +633,8 @@ TARGET static void NAME(output)(const struct pi_ringconv *h, const struct block 
 }
 
 static const struct isa NAME(isa) = {
-    NAME(label), VB, NAME(input), NAME(output),
-    {NAME(rows_1), NAME(rows_2), NAME(rows_3), NAME(rows_4)},
+    NAME(label), VB, DIGIT_NS, WORD_NS, TRANSFORM_NS, NAME(input), NAME(output),
+    {NAME(rows_0), NAME(rows_1), NAME(rows_2), NAME(rows_3), NAME(rows_4)},
 };
 
 #undef L
@@ -467,6 +647,9 @@ static const struct isa NAME(isa) = {
 #undef TARGET
 #undef VB
 #undef ROWS
+#undef DIGIT_NS
+#undef WORD_NS
+#undef TRANSFORM_NS
 #undef MADD
 #undef LOW
 #undef HIGH

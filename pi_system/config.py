@@ -26,7 +26,7 @@ def load_toml(path: Path, cls: type[T]) -> T:
             data = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     return from_mapping(data, cls, where=str(path))
 
@@ -62,8 +62,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        (hint,) = (option for option in options if option is not type(None))
-        return _convert(value, hint, where)
+        hints = [option for option in options if option is not type(None)]
+        fitting = [option for option in hints if type(value) is option]
+        return _convert(value, (fitting or hints)[0], where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UsageError(f"{where}: expected a table")

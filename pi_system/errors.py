@@ -16,11 +16,21 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE = 2000
+
 
 class PiError(Exception):
-    """Base of everything this package raises on purpose. One line: what, where, what to do."""
+    """Base of everything this package raises on purpose. One line: what, where, what to do.
+
+    A message may quote what a peer or a file said; whatever that was, its text is one printable
+    line, so that it can neither break a log nor steer a terminal.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()[:MAX_MESSAGE]
+        return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 class UsageError(PiError, ValueError):

@@ -6,8 +6,11 @@ Torch is imported only where a model is traced: an exported one needs none.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 import sys
+import tokenize
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,8 +25,14 @@ from .graph.ir import Array, Graph, Node
 
 RANDOM_CLASSES: Final = 100
 RANDOM_INPUT: Final = (3, 32, 32)
+BAD_NPY: Final = (
+    ValueError, EOFError, MemoryError, RecursionError, SyntaxError, tokenize.TokenError,
+)  # fmt: skip
+"""What NumPy may raise for a file that is no whole ``.npy``."""
 _SEED: Final = 20230501
 _BUNDLED: Final = {"demo": "student", "demo-teacher": "teacher"}
+PLANS_NAME: Final = "plans.json"
+"""Beside a checkpoint: metadata that exporting it adds, made for exactly its weights."""
 _RANDOM: Final = re.compile(
     r"random:(?P<arch>[a-z0-9_]+?)(?:w(?P<width>[0-9]{1,4}))?@(?P<relus>all|[0-9]{1,9})"
 )
@@ -85,8 +94,33 @@ def from_checkpoint(directory: Path, name: str | None = None) -> Graph:
     facts = dataclasses.asdict(manifest)
     for key in ("version", "relu_kept"):
         del facts[key]
+    facts |= _plans(directory)
     facts["name"] = name or f"{manifest.arch}-{manifest.dataset}-{manifest.relu_kept}"
     return export(model, manifest.input_shape, metadata=_json(facts))
+
+
+def weights_hash(directory: Path) -> str:
+    """The SHA-256 of a checkpoint's weights file."""
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+def _plans(directory: Path) -> dict[str, Any]:
+    """The metadata in a checkpoint's plans file, if it has one.
+
+    Raises:
+        IntegrityError: it is corrupt, or was made for other weights.
+    """
+    path = directory / PLANS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+        weights, metadata = document["weights_sha256"], dict(document["metadata"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise IntegrityError(f"{path} is corrupt: {error}") from error
+    if weights != weights_hash(directory):
+        raise IntegrityError(f"{path} was made for other weights; make it again with pi-export")
+    return metadata
 
 
 def from_file(
@@ -210,7 +244,7 @@ def read_images(path: Path, graph: Graph) -> npt.NDArray[np.float32]:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except BAD_NPY as error:
         raise UsageError(f"{path} is not a .npy file of numbers: {error}") from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{path} is not a .npy file of one array")

@@ -21,6 +21,10 @@ TESTS = Path(__file__).resolve().parent
 MARK = f"PI_SYSTEM_TEST={os.getpid()}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-frames", type=int, default=20_000, help="mutated frames in test_fuzz")
+
+
 @pytest.fixture(scope="session")
 def toys() -> ModuleType:
     """The module ``toy_backends``, which child processes import by that name."""

@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "parties": BASE | {"graph", "net", "backends", "models"},
     "bench": BASE | {"graph", "net", "backends", "parties", "models"},
     "cli": BASE | {"nn", "checkpoint", "graph", "net", "backends", "parties", "bench", "models"},
-    "training": BASE | {"nn", "checkpoint", "training"},
+    # Budgets that meet a latency need this backend's cost and the network it is for.
+    "training": BASE | {"nn", "checkpoint", "training", "bench.cost", "net.link"},
     "__init__": set(),
 }
 

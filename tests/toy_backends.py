@@ -55,6 +55,9 @@ class PlainClient:
     def __init__(self, public: Graph, server: Channel, dealer: Channel, options: Options) -> None:
         self.graph, self.channel, self.dealer = public, server, dealer
 
+    def facts(self) -> dict[str, Any]:
+        return {}
+
     def setup(self) -> None:
         pass
 

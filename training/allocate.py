@@ -1,4 +1,4 @@
-"""Layer budgets from sensitivities by water-filling (SENet, section 3, stage 1)."""
+"""Layer budgets: SENet's water-filling by sensitivity (section 3, stage 1) and its rivals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pi_system.nn import ReLUCount
 from pi_system.nn.budget import allocate as share
 
 from .loop import Run
+from .recipe import Recipe
 
 OUTPUT = "allocation.json"
 
@@ -89,19 +90,94 @@ def allocate(
     return {layer.name: value for layer, value in zip(count.layers, shares, strict=True)}
 
 
-def run_stage(run: Run, count: ReLUCount, sensitivity: Mapping[str, float]) -> dict[str, int]:
-    """Allocate the recipe's budget and write ``allocation.json``."""
+def whole_layers(caps: Sequence[int], values: Sequence[float], budget: int) -> list[int]:
+    """Keep layers whole: the set of greatest total value that fits ``budget``.
+
+    DeepReDuce (ICML 2021) drops whole layers by a criticality measured with one training per
+    layer; here the value of a layer is given. Among sets of equal value the larger one wins.
+
+    Returns:
+        ``caps[i]`` or 0 per layer; their sum is at most ``budget``.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for i, (cap, value) in enumerate(zip(caps, values, strict=True)):
+        for size, (total, chosen) in list(best.items()):
+            new = size + cap
+            if new <= budget and (new not in best or best[new][0] < total + value):
+                best[new] = (total + value, (*chosen, i))
+    _, chosen = max(best.items(), key=lambda item: (item[1][0], item[0]))[1]
+    return [cap if i in chosen else 0 for i, cap in enumerate(caps)]
+
+
+class Rule:
+    """The recipe's rule for one network: from any budget to layer budgets.
+
+    Args:
+        count: the sites of the all-ReLU network.
+        sensitivity: ``eta_alpha`` per site.
+    """
+
+    def __init__(self, recipe: Recipe, count: ReLUCount, sensitivity: Mapping[str, float]) -> None:
+        self._recipe, self.count, self.sensitivity = recipe, count, sensitivity
+
+    def __call__(self, budget: int) -> dict[str, int] | None:
+        """ReLUs per site, summing to at most ``budget``; ``None``: the search compares all sites.
+
+        Raises:
+            UsageError: the budget is negative or over the network's total.
+        """
+        rule, layers = self._recipe.allocate.rule, self.count.layers
+        if rule == "search":
+            return None
+        if rule == "given":
+            return self._given(budget)
+        if rule == "whole-layers":
+            caps = [layer.total for layer in layers]
+            values = [self.sensitivity[layer.name] for layer in layers]
+            kept = whole_layers(caps, values, budget)
+            return {layer.name: value for layer, value in zip(layers, kept, strict=True)}
+        weights = self.sensitivity
+        if rule == "uniform":
+            weights = {layer.name: float(layer.total) for layer in layers}
+        budgets = allocate(self.count, weights, budget, self._recipe.allocate.min_relus)
+        if self._recipe.masks.granularity == "channel":
+            rounded = whole_channels(list(budgets.values()), [layer.shape for layer in layers])
+            budgets = dict(zip(budgets, rounded, strict=True))
+        return budgets
+
+    def _given(self, budget: int) -> dict[str, int]:
+        layers, given = self.count.layers, self._recipe.allocate.relus
+        if len(given) != len(layers) or any(
+            kept > layer.total for kept, layer in zip(given, layers, strict=False)
+        ):
+            totals = ", ".join(str(layer.total) for layer in layers)
+            raise UsageError(f"allocate.relus does not fit layers of {totals}")
+        if sum(given) > self._recipe.relu_budget:
+            raise UsageError(
+                f"allocate.relus keeps {sum(given)} ReLUs, "
+                f"over the relu_budget of {self._recipe.relu_budget}"
+            )
+        # A search that starts from more ReLUs shrinks towards the given numbers.
+        more = fill(
+            max(budget - sum(given), 0),
+            [layer.total - kept for layer, kept in zip(layers, given, strict=True)],
+            [float(layer.total) for layer in layers],
+        )
+        return {
+            layer.name: kept + extra for layer, kept, extra in zip(layers, given, more, strict=True)
+        }
+
+
+def run_stage(run: Run, count: ReLUCount, sensitivity: Mapping[str, float]) -> Rule:
+    """Write what the recipe's rule makes of its budget in ``allocation.json``."""
     recipe = run.recipe
-    budgets = allocate(count, sensitivity, recipe.relu_budget, recipe.masks.min_relus)
-    if recipe.masks.granularity == "channel":
-        shapes = [layer.shape for layer in count.layers]
-        rounded = whole_channels(list(budgets.values()), shapes)
-        budgets = dict(zip(budgets, rounded, strict=True))
+    rule = Rule(recipe, count, sensitivity)
+    budgets = rule(recipe.relu_budget)
     run.write_json(
         OUTPUT,
+        "masks",
         {
-            "stage": "allocate",
-            "digest": recipe.digest("masks"),
+            "rule": recipe.allocate.rule,
             "relu_budget": recipe.relu_budget,
             "relu_total": count.total,
             "layers": [
@@ -109,13 +185,13 @@ def run_stage(run: Run, count: ReLUCount, sensitivity: Mapping[str, float]) -> d
                     "site": layer.name,
                     "total": layer.total,
                     "eta_alpha": sensitivity[layer.name],
-                    "relus": budgets[layer.name],
+                    "relus": None if budgets is None else budgets[layer.name],
                 }
                 for layer in count.layers
             ],
         },
     )
-    return budgets
+    return rule
 
 
 def _area(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""``pi-train``: the teacher, SENet and evaluation from the command line."""
+"""``pi-train``: training, its stages, sweeps and evaluation from the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,16 +26,25 @@ from rich.progress import (
 from rich.table import Table
 
 from pi_system import checkpoint
+from pi_system.bench import cost
 from pi_system.checkpoint import write_atomic
 from pi_system.errors import PiError, UsageError
-from pi_system.nn import count_relus
 
+from . import allocate as allocate_module
 from . import data as data_module
+from . import distill, search
 from . import evaluate as evaluate_module
+from . import network as network_module
+from . import pictures as pictures_module
 from . import recipe as recipe_module
+from . import report as report_module
 from . import senet as senet_module
+from . import sensitivity as sensitivity_module
+from . import sweep as sweep_module
 from . import teacher as teacher_module
 from .loop import Reporter, Row, Run, derive_seed
+from .ranks import Ranks, joined
+from .recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -115,6 +125,8 @@ def describe(row: Row) -> str:
 
 def emit(rows: Sequence[dict[str, Any]], output_format: str, output: Path | None) -> None:
     """Write ``rows`` as a table, JSON list or CSV to ``output``, or to stdout."""
+    if not Ranks.here().first:
+        return
     if output_format == "json":
         text = json.dumps(list(rows), indent=2) + "\n"
     elif output_format == "csv":
@@ -158,21 +170,35 @@ def _output_options(command: F) -> F:
     )(command)
 
 
+_DATA = click.option(
+    "--data",
+    "data_path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The data set's official archive or its unpacked folder.",
+)
+_DIRECTORY = click.option(
+    "--run",
+    "directory",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of this run; a run that was stopped goes on from it.",
+)
+_SHARED = click.option(
+    "--shared",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of teacher and sensitivities, if several runs share them.",
+)
+_PICTURES = click.option(
+    "--pictures/--no-pictures",
+    default=False,
+    help="Draw the stage's output beside it (needs matplotlib).",
+)
+
+
 def _run_options(command: F) -> F:
-    command = click.option(
-        "--run",
-        "directory",
-        required=True,
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Directory of this run; a run that was stopped goes on from it.",
-    )(command)
-    command = click.option(
-        "--data",
-        "data_path",
-        required=True,
-        type=click.Path(path_type=Path),
-        help="The data set's official archive or its unpacked folder.",
-    )(command)
+    for option in (_SHARED, _DIRECTORY, _DATA):
+        command = option(command)
     return click.option(
         "--recipe",
         "recipe_name",
@@ -182,58 +208,190 @@ def _run_options(command: F) -> F:
     )(command)
 
 
-def _open(recipe_name: str, data_path: Path, directory: Path) -> Run:
-    chosen = recipe_module.load(recipe_name)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    reporter: Reporter = BarReporter() if sys.stderr.isatty() else LineReporter()
-    return Run(directory, chosen, data_module.load(chosen.dataset, data_path), reporter)
+def _open(recipe_name: str, data_path: Path, directory: Path, shared: Path | None) -> Run:
+    return _run(recipe_module.load(recipe_name), data_path, directory, shared)
+
+
+def _run(chosen: Recipe, data_path: Path, directory: Path, shared: Path | None) -> Run:
+    ranks = click.get_current_context().with_resource(joined())
+    level = logging.INFO if ranks.first else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    reporter = Reporter()
+    if ranks.first:
+        reporter = BarReporter() if sys.stderr.isatty() else LineReporter()
+    dataset = data_module.load(chosen.dataset, data_path)
+    return Run(directory, chosen, dataset, reporter, shared, ranks)
 
 
 @click.group(cls=Group)
 def cli() -> None:
-    """Train networks with few ReLUs (SENet) from your own copy of a data set.
+    """Train networks with few ReLUs (SENet and its rivals) from your own copy of a data set.
 
     \b
     Bundled recipes:
       quick                  ResNet-10 of width 8 on CIFAR-10, minutes on a CPU
+      cifar100-resnet10-w16  the measured comparison, see sweep
       cifar100-resnet18-w16  the bundled demo, about an hour on two CPU cores
       cifar10-resnet18, cifar100-resnet18, cifar100-wrn22-8, cifar10-vgg16
                              the paper's schedules; use a GPU-class machine or patience
+
+    \b
+    The stages one by one, each with its output file (and picture) in the run directory:
+      teacher, sensitivity, allocate, masks, finetune; senet runs them all.
     """
 
 
 @cli.command()
 @_run_options
 @_output_options
-def teacher(
-    recipe_name: str, data_path: Path, directory: Path, output_format: str, output: Path | None
-) -> None:
+def teacher(output_format: str, output: Path | None, **where: Any) -> None:
     """Train the all-ReLU teacher alone; its checkpoint is RUN/teacher.
 
     \b
     Example:
       pi-train teacher --recipe quick --data cifar-10-binary.tar.gz --run runs/quick
     """
-    run = _open(recipe_name, data_path, directory)
-    count = count_relus(teacher_module.train(run))
-    manifest = checkpoint.load(directory / teacher_module.FOLDER)[1]
-    result = senet_module.Result(
-        teacher_module.FOLDER,
-        count.kept,
-        count.total,
-        manifest.validation_accuracy,
-        manifest.test_accuracy,
-    )
+    run = _open(**where)
+    teacher_module.train(run)
+    result = senet_module.figures(run.folder("teacher") / teacher_module.FOLDER)
+    emit([asdict(result)], output_format, output)
+
+
+@cli.command()
+@_run_options
+@_PICTURES
+@_output_options
+def sensitivity(pictures: bool, output_format: str, output: Path | None, **where: Any) -> None:
+    """Measure the ReLU sensitivity of each layer by sparse training: RUN/sensitivity.json.
+
+    The picture, RUN/sensitivity.png, has ResNet-18's published profile beside it.
+
+    \b
+    Example:
+      pi-train sensitivity --recipe quick --data cifar-10-binary.tar.gz --run runs/quick
+    """
+    run = _open(**where)
+    sensitivity_module.run_stage(run)
+    document = run.read_json(sensitivity_module.OUTPUT, "sensitivity")
+    assert document is not None
+    if pictures:
+        pictures_module.sensitivity(document, run.folder("sensitivity") / "sensitivity.png")
+    shown = ("site", "parameters", "parameters_kept", "eta_theta", "eta_alpha")
+    emit([{k: layer[k] for k in shown} for layer in document["layers"]], output_format, output)
+
+
+def _milliseconds(context: click.Context, parameter: click.Parameter, text: str | None) -> Any:
+    if text is None:
+        return None
+    number, scale = (text[:-2], 1) if text.endswith("ms") else (text.removesuffix("s"), 1000)
+    try:
+        value = float(number) * scale
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{text!r} is no time; give 400ms or 0.4s")
+    return value
+
+
+@cli.command()
+@_run_options
+@_PICTURES
+@click.option(
+    "--target-latency",
+    "target",
+    callback=_milliseconds,
+    metavar="TIME",
+    help="Choose the budget too: the best layer budgets with this online latency (400ms, 0.4s).",
+)
+@click.option("--network", default="wan", show_default=True, help="As in pi-bench run.")
+@click.option(
+    "--measured",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Results of pi-bench run on loopback of this network, at least two ReLU counts.",
+)
+@_output_options
+def allocate(
+    pictures: bool,
+    target: float | None,
+    network: str,
+    measured: tuple[Path, ...],
+    output_format: str,
+    output: Path | None,
+    **where: Any,
+) -> None:
+    """Divide the budget over the layers: RUN/allocation.json, RUN/allocation.png.
+
+    With --target-latency the result is RUN/network.json: which layers to empty, each of which
+    saves a round trip, and what the others keep. Put it into a recipe as allocate.rule "given".
+
+    \b
+    Examples:
+      pi-train allocate --recipe quick --data cifar-10-binary.tar.gz --run runs/quick
+      pi-train allocate --recipe quick --data cifar-10-binary.tar.gz --run runs/quick \\
+          --target-latency 300ms --network wan --measured few.json --measured all.json
+    """
+    run = _open(**where)
+    if target is not None:
+        document = network_module.run_stage(run, cost.load(measured), network, target)
+        name = network_module.OUTPUT
+    else:
+        senet_module.measure(run)
+        found = run.read_json(allocate_module.OUTPUT, "masks")
+        assert found is not None
+        document, name = found, allocate_module.OUTPUT
+        if document["rule"] == "search":
+            raise UsageError("allocate.rule is search: pi-train masks finds the budgets")
+    if pictures:
+        pictures_module.budgets(document, (run.directory / name).with_suffix(".png"))
+    emit(document["layers"], output_format, output)
+
+
+@cli.command()
+@_run_options
+@_PICTURES
+@_output_options
+def masks(pictures: bool, output_format: str, output: Path | None, **where: Any) -> None:
+    """Find the positions that keep their ReLU: RUN/masks.json, RUN/masks.safetensors.
+
+    The pictures are RUN/masks.png, RUN/hamming.png and RUN/layers.png.
+
+    \b
+    Example:
+      pi-train masks --recipe quick --data cifar-10-binary.tar.gz --run runs/quick --pictures
+    """
+    run = _open(**where)
+    _, found = senet_module.find_masks(run)
+    document = run.read_json(search.OUTPUT, "masks")
+    assert document is not None
+    if pictures:
+        pictures_module.masks(found, run.directory / "masks.png")
+        pictures_module.hamming(document["hamming"], run.directory / "hamming.png")
+        pictures_module.budgets(document, run.directory / "layers.png")
+    emit(document["layers"], output_format, output)
+
+
+@cli.command()
+@_run_options
+@_output_options
+def finetune(output_format: str, output: Path | None, **where: Any) -> None:
+    """Fine-tune with frozen masks: the checkpoint RUN/student. The test split stays unread.
+
+    \b
+    Example:
+      pi-train finetune --recipe quick --data cifar-10-binary.tar.gz --run runs/quick
+    """
+    run = _open(**where)
+    distill.run_stage(run, *senet_module.find_masks(run))
+    result = senet_module.figures(run.directory / distill.FOLDER)
     emit([asdict(result)], output_format, output)
 
 
 @cli.command()
 @_run_options
 @_output_options
-def senet(
-    recipe_name: str, data_path: Path, directory: Path, output_format: str, output: Path | None
-) -> None:
-    """Train teacher and student: sensitivity, layer budgets, masks, fine-tuning.
+def senet(output_format: str, output: Path | None, **where: Any) -> None:
+    """Train teacher and student: all stages, then the test accuracy.
 
     Stages that RUN already holds are skipped. The checkpoints are RUN/teacher and RUN/student;
     the test split is read once, at the end.
@@ -242,19 +400,76 @@ def senet(
     Example:
       pi-train senet --recipe quick --data cifar-10-binary.tar.gz --run runs/quick --format json
     """
-    results = senet_module.train(_open(recipe_name, data_path, directory))
+    results = senet_module.train(_open(**where))
     emit([asdict(result) for result in results], output_format, output)
 
 
 @cli.command()
-@click.argument("directory", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("path", metavar="SWEEP.toml", type=click.Path(path_type=Path))
+@_DATA
+@_DIRECTORY
+@_SHARED
 @click.option(
-    "--data",
-    "data_path",
+    "--results",
     required=True,
-    type=click.Path(path_type=Path),
-    help="The data set's official archive or its unpacked folder.",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that gets one JSON file per finished student.",
 )
+@_output_options
+def sweep(
+    path: Path,
+    data_path: Path,
+    directory: Path,
+    shared: Path | None,
+    results: Path,
+    output_format: str,
+    output: Path | None,
+) -> None:
+    """Train the students of SWEEP.toml (methods x budgets x seeds) that have no result yet.
+
+    One teacher and one sensitivity measurement serve them all. A sweep that was stopped goes on
+    where it was.
+
+    \b
+    Example:
+      pi-train sweep benchmarks/senet.toml --data cifar-100-binary.tar.gz \\
+          --run runs/sweep --results benchmarks/results/senet
+    """
+    jobs = sweep_module.load(path)
+    base = _run(jobs[0].recipe, data_path, directory, shared or directory / "shared")
+    for _ in sweep_module.run(jobs, base, results):
+        pass
+    shown = ("method", "relu_kept", "seed", "validation_accuracy", "test_accuracy")
+    found = [sweep_module.stored(job, results) for job in jobs]
+    emit([{k: r[k] for k in shown} for r in found if r is not None], output_format, output)
+
+
+@cli.command()
+@click.argument("results", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Markdown file.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Picture: .svg or .png."
+)
+def report(results: Path, output: Path | None, plot: Path | None) -> None:
+    """Make the Markdown table and the plot of a sweep's RESULTS folder.
+
+    \b
+    Example:
+      pi-train report benchmarks/results/senet --plot benchmarks/results/senet/accuracy.svg
+    """
+    found = report_module.load(results)
+    text = report_module.table(found)
+    if plot is not None:
+        report_module.plot(found, plot)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_atomic(output, text.encode())
+
+
+@cli.command()
+@click.argument("directory", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@_DATA
 @click.option(
     "--recipe",
     "recipe_name",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pi_system import checkpoint
-from pi_system.nn import relu_sites, with_activations
+from pi_system.nn import count_relus, relu_sites, with_activations
 
 from . import teacher as teacher_module
 from .loop import Run, Stage
-from .masks import channels_last, distillation, student_of
+from .losses import Distill
+from .masks import channels_last, student_of
 from .recipe import Phase
 
 FOLDER = "student"
@@ -28,41 +28,6 @@ def stage_sites(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def attention(activation: Tensor) -> Tensor:
-    """The unit-norm map of mean squares over channels: (N, C, H, W) to (N, H*W)."""
-    return F.normalize(activation.pow(2).mean(1).flatten(1), dim=1)
-
-
-def pram(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Post-ReLU activation mismatch: mean squared difference of the maps, summed over stages."""
-    total = student[0].new_zeros(())
-    for ours, theirs in zip(student, teacher, strict=True):
-        total = total + (attention(ours) - attention(theirs)).pow(2).mean()
-    return total
-
-
-class _DistillStep(nn.Module):
-    """Loss and logits in one graph."""
-
-    def __init__(
-        self, student: nn.Module, ce: float, kl: float, pram: float, temperature: float
-    ) -> None:
-        super().__init__()
-        self.student = student
-        self.ce, self.kl, self.pram, self.temperature = ce, kl, pram, temperature
-
-    def forward(
-        self, images: Tensor, labels: Tensor, logits_ar: Tensor, acts_ar: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        logits, acts = self.student(images)
-        loss = (
-            self.ce * F.cross_entropy(logits, labels)
-            + self.kl * distillation(logits, logits_ar, self.temperature)
-            + self.pram * pram(acts, acts_ar)
-        )
-        return loss, logits.detach()
-
-
 class FinetuneStage(Stage):
     """``ce * CE + kl * KL + pram * PRAM`` with masks that no longer move.
 
@@ -77,19 +42,19 @@ class FinetuneStage(Stage):
         settings = run.recipe.finetune
         student = student_of(run, start)
         super().__init__(run, student, (Phase(settings.epochs),), settings.optimizer)
-        sites = stage_sites(student)
+        sites = stage_sites(student) if settings.pram else ()
         self._step = run.compiled(
-            _DistillStep(
+            Distill(
                 with_activations(student, sites),
                 settings.ce,
                 settings.kl,
-                settings.pram,
                 settings.temperature,
+                settings.pram,
             )
         )
         teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
         channels_last(teacher)
-        self._teacher = run.compiled(with_activations(teacher.eval(), sites))
+        self._teacher = run.compiled(with_activations(teacher.eval(), sites), trained=False)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -104,30 +69,27 @@ def run_stage(run: Run, teacher: fx.GraphModule, start: fx.GraphModule) -> fx.Gr
     Returns:
         The student in evaluation mode.
     """
-    stage = FinetuneStage(run, teacher, start)
-    stage.fit()
     path = run.directory / FOLDER
-    if not (path / "manifest.json").exists():
-        checkpoint.save(
+    if run.read_json(OUTPUT, FinetuneStage.name) is None:
+        stage = FinetuneStage(run, teacher, start)
+        stage.fit()
+        measured = stage.rows[-1].validation_accuracy
+        teacher_module.save(
+            run,
             path,
             stage.model,
-            teacher_module.manifest(
-                run,
-                budget=run.recipe.relu_budget,
-                method="senet",
-                source="distilled from the teacher of the same recipe",
-                validation_accuracy=stage.rows[-1].validation_accuracy,
-            ),
+            budget=run.recipe.relu_budget,
+            method=run.recipe.method,
+            source="distilled from the teacher of the same recipe",
+            validation_accuracy=measured,
         )
-    model, manifest = checkpoint.load(path)
-    run.write_json(
-        OUTPUT,
-        {
-            "stage": stage.name,
-            "digest": run.recipe.digest(stage.name),
-            "stage_sites": list(stage_sites(model)),
-            "relu_kept": manifest.relu_kept,
-            "validation_accuracy": manifest.validation_accuracy,
-        },
-    )
-    return model
+        run.write_json(
+            OUTPUT,
+            stage.name,
+            {
+                "stage_sites": list(stage_sites(stage.model)),
+                "relu_kept": count_relus(stage.model).kept,
+                "validation_accuracy": measured,
+            },
+        )
+    return checkpoint.load(path)[0]

@@ -28,7 +28,8 @@ from pi_system.errors import IntegrityError, PiError, UsageError
 
 from . import data
 from .data import Dataset, Images
-from .recipe import STAGES, Optimizer, Phase, Recipe
+from .ranks import Ranks
+from .recipe import STAGES, STUDENT_STAGES, Optimizer, Phase, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -68,35 +69,63 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory with the recipe and data that fill it."""
+    """A run directory with the recipe and data that fill it.
+
+    Args:
+        shared: where the teacher and the sensitivities are, if several runs have the same ones.
+    """
 
     directory: Path
     recipe: Recipe
     dataset: Dataset
     reporter: Reporter = field(default_factory=Reporter)
+    shared: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def folder(self, stage: str) -> Path:
+        """The directory that holds what ``stage`` writes."""
+        if self.shared is None or stage in STUDENT_STAGES:
+            return self.directory
+        return self.shared
 
     def split(self) -> tuple[Images, Images]:
         """(train, validation) images; a function of the recipe's seed."""
         seed = derive_seed(self.recipe.seed, "split", 0)
         return data.split(self.dataset.train, self.recipe.validation, seed)
 
-    def compiled(self, model: nn.Module) -> Callable[..., Any]:
-        """``model`` through ``torch.compile`` where the recipe says so."""
+    def compiled(self, model: nn.Module, *, trained: bool = True) -> Callable[..., Any]:
+        """``model`` through ``torch.compile`` where the recipe says so.
+
+        Args:
+            trained: its gradients are those of the global batch, over all ranks.
+        """
+        if trained:
+            model = self.ranks.wrap(model)
         return torch.compile(model, dynamic=False) if self.recipe.compile else model
 
-    def write_json(self, name: str, document: dict[str, Any]) -> None:
-        """Write ``name`` in the run directory, whole."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.directory / name, (json.dumps(document, indent=2) + "\n").encode())
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Whether this rank writes; none goes on before that is done."""
+        yield self.ranks.first
+        self.ranks.wait()
+
+    def write_json(self, name: str, stage: str, document: dict[str, Any]) -> None:
+        """Write ``name``, the output of ``stage``, whole, with the digest of what it is from."""
+        document = {"stage": stage, "digest": self.recipe.digest(stage)} | document
+        folder = self.folder(stage)
+        with self.writing() as mine:
+            if mine:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(folder / name, (json.dumps(document, indent=2) + "\n").encode())
 
     def read_json(self, name: str, stage: str) -> dict[str, Any] | None:
-        """Read ``name`` if it is there and was written by ``stage`` of this very recipe.
+        """Read ``name``, the output of ``stage``, if it is there and of this very recipe.
 
         Raises:
             UsageError: another recipe wrote it.
             IntegrityError: it is corrupt.
         """
-        path = self.directory / name
+        path = self.folder(stage) / name
         if not path.exists():
             return None
         try:
@@ -136,7 +165,7 @@ class Stage:
         self.phases = phases
         self.settings = sgd
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
+            self.groups(),
             lr=sgd.schedule.at(0),
             momentum=sgd.momentum,
             weight_decay=sgd.weight_decay,
@@ -151,6 +180,10 @@ class Stage:
     @property
     def done(self) -> int:
         return len(self.rows)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimiser; ``scale`` multiplies a group's learning rate."""
+        return [{"params": list(self.model.parameters())}]
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, logits) of a batch in the recipe's memory format."""
@@ -183,10 +216,11 @@ class Stage:
         """
         self.restore()
         train, validation = self.run.split()
-        if len(train) < self.run.recipe.batch:
-            raise UsageError(
-                f"{len(train)} training images do not fill one batch of {self.run.recipe.batch}"
-            )
+        batch = self.run.recipe.batch
+        if len(train) < batch:
+            raise UsageError(f"{len(train)} training images do not fill one batch of {batch}")
+        if batch % self.run.ranks.size:
+            raise UsageError(f"{self.run.ranks.size} ranks cannot share a batch of {batch}")
         self.run.reporter.begin(self.name, self.epochs, self.done)
         with _threads(self.run.recipe.threads):
             if not self.done:
@@ -195,7 +229,6 @@ class Stage:
                 row = self._epoch(self.done, train, validation)
                 self.rows.append(row)
                 self._save()
-                write_metrics(self.run)
                 self.run.reporter.epoch(row)
         self.run.reporter.end(self.name)
         self.model.eval()
@@ -203,10 +236,13 @@ class Stage:
     def _epoch(self, epoch: int, train: Images, validation: Images) -> Row:
         started = time.perf_counter()
         recipe = self.run.recipe
-        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, self.name, epoch))
+        generator = torch.Generator().manual_seed(
+            derive_seed(recipe.seed_of(self.name), self.name, epoch)
+        )
         steps = len(train) // recipe.batch
         total_loss, correct, rate = 0.0, 0, 0.0
         layout = recipe.memory_format
+        half = recipe.precision == "bf16" and self.name in STUDENT_STAGES
         self.model.train()
         batches = data.batches(
             train,
@@ -222,9 +258,11 @@ class Stage:
             fraction = (epoch + step / steps) / self.epochs
             rate = self.settings.schedule.at(fraction)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("scale", 1.0)
+            images, labels = self.run.ranks.part(images), self.run.ranks.part(labels)
             self.optimizer.zero_grad(set_to_none=True)
-            loss, logits = self.loss(images.contiguous(memory_format=layout), labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss, logits = self.loss(images.contiguous(memory_format=layout), labels)
             loss.backward()  # type: ignore[no-untyped-call]
             value = loss.item()
             if not math.isfinite(value):
@@ -238,6 +276,8 @@ class Stage:
             correct += int((logits.argmax(1) == labels).sum())
             self.run.reporter.step(self.name, (epoch + (step + 1) / steps) / self.epochs, value)
         hamming = self.after_epoch(epoch)
+        totals = torch.tensor([total_loss / self.run.ranks.size, correct], dtype=torch.float64)
+        self.run.ranks.sum([totals])
         measured = None
         if len(validation):
             measured = accuracy(self.model, validation, self.run.dataset)
@@ -246,8 +286,8 @@ class Stage:
             epoch=epoch + 1,
             epochs=self.epochs,
             lr=rate,
-            loss=total_loss / steps,
-            train_accuracy=correct / (steps * recipe.batch),
+            loss=float(totals[0]) / steps,
+            train_accuracy=float(totals[1]) / (steps * recipe.batch),
             validation_accuracy=measured,
             hamming=hamming,
             seconds=round(time.perf_counter() - started, 2),
@@ -276,11 +316,15 @@ class Stage:
             "rows": [asdict(row) for row in self.rows],
         }
         tensors = {k: v.detach().contiguous() for k, v in self._tensors().items()}
-        self.run.directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            state_path(self.run.directory, self.name),
-            dump_tensors(tensors, metadata={"state": json.dumps(document)}),
-        )
+        folder = self.run.folder(self.name)
+        with self.run.writing() as mine:
+            if mine:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(
+                    state_path(folder, self.name),
+                    dump_tensors(tensors, metadata={"state": json.dumps(document)}),
+                )
+                write_metrics(folder)
 
     def restore(self) -> None:
         """Take over the state on disk, if there is one.
@@ -289,7 +333,7 @@ class Stage:
             UsageError: it is that of another recipe.
             IntegrityError: it is corrupt.
         """
-        path = state_path(self.run.directory, self.name)
+        path = state_path(self.run.folder(self.name), self.name)
         if not path.exists():
             return
         try:
@@ -356,7 +400,7 @@ def stored_rows(directory: Path) -> list[Row]:
     return rows
 
 
-def write_metrics(run: Run) -> None:
+def write_metrics(directory: Path) -> None:
     """Write ``metrics.jsonl``, one line per epoch, from the states (which are the truth)."""
-    text = "".join(json.dumps(asdict(row)) + "\n" for row in stored_rows(run.directory))
-    write_atomic(run.directory / "metrics.jsonl", text.encode())
+    text = "".join(json.dumps(asdict(row)) + "\n" for row in stored_rows(directory))
+    write_atomic(directory / "metrics.jsonl", text.encode())

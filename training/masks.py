@@ -14,9 +14,8 @@ from pi_system.nn import MaskedReLU, relu_sites, with_activations
 from . import teacher as teacher_module
 from .data import Images, normalise
 from .loop import Run, Stage, derive_seed
+from .losses import distillation
 from .recipe import Phase
-
-OUTPUT = "masks.json"
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -65,6 +64,15 @@ def random_mask(
     return mask.view(shape)
 
 
+def random_positions(
+    shape: tuple[int, ...], count: int, granularity: str, generator: torch.Generator
+) -> Tensor:
+    """Exactly ``count`` positions of (C, H, W), each set as likely; or whole random channels."""
+    if granularity == "channel":
+        return random_mask(shape, count, granularity, generator)
+    return top(torch.rand(shape, generator=generator), count)
+
+
 def linearization_losses(
     teacher: fx.GraphModule, sites: tuple[str, ...], train: Images, run: Run, count: int
 ) -> list[Tensor]:
@@ -85,16 +93,6 @@ def hamming(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
     """The fraction of all positions in which two sets of masks differ."""
     different = sum(int((old[name] != new[name]).sum()) for name in old)
     return different / sum(mask.numel() for mask in old.values())
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of softened logits (N, K), batch mean, scaled by T^2."""
-    return temperature**2 * F.kl_div(
-        F.log_softmax(student / temperature, 1),
-        F.log_softmax(teacher / temperature, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
 
 
 def channels_last(model: nn.Module) -> None:
@@ -132,7 +130,10 @@ class _SearchStep(nn.Module):
         loss = self.ce * F.cross_entropy(logits, labels) + self.kl * distillation(
             logits, logits_ar, self.temperature
         )
-        mismatch = [(ar - pr.detach()).abs().sum(0) for ar, pr in zip(acts_ar, acts, strict=True)]
+        mismatch = [
+            (ar.float() - pr.detach().float()).abs().sum(0)
+            for ar, pr in zip(acts_ar, acts, strict=True)
+        ]
         return loss, logits.detach(), mismatch
 
 
@@ -154,7 +155,7 @@ class MaskStage(Stage):
         self.budgets = budgets
         self._granularity = settings.granularity
         generator = torch.Generator().manual_seed(
-            derive_seed(run.recipe.seed, f"{self.name}/start", 0)
+            derive_seed(run.recipe.seed_of(self.name), f"{self.name}/start", 0)
         )
         for name, site in self.sites.items():
             shape = tuple(site.mask.shape)
@@ -171,7 +172,7 @@ class MaskStage(Stage):
         )
         teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
         channels_last(teacher)
-        self._teacher = run.compiled(with_activations(teacher.eval(), names))
+        self._teacher = run.compiled(with_activations(teacher.eval(), names), trained=False)
         self._mismatch: list[Tensor] = []
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,6 +195,7 @@ class MaskStage(Stage):
 
     def after_epoch(self, epoch: int) -> float | None:
         old = {name: site.mask.clone() for name, site in self.sites.items()}
+        self.run.ranks.sum(self._mismatch)
         self._choose(self._mismatch)
         self._mismatch = []
         return hamming(old, {name: site.mask for name, site in self.sites.items()})
@@ -202,25 +204,3 @@ class MaskStage(Stage):
         choose = top_channels if self._granularity == "channel" else top
         for (name, site), score in zip(self.sites.items(), scores, strict=True):
             site.set_mask(choose(score, self.budgets[name]))
-
-
-def run_stage(run: Run, teacher: fx.GraphModule, budgets: Mapping[str, int]) -> fx.GraphModule:
-    """Search the masks, write ``masks.json`` and return the network they were found with."""
-    stage = MaskStage(run, teacher, budgets)
-    stage.fit()
-    run.write_json(
-        OUTPUT,
-        {
-            "stage": stage.name,
-            "digest": run.recipe.digest(stage.name),
-            "granularity": run.recipe.masks.granularity,
-            "relu_kept": sum(site.kept for site in stage.sites.values()),
-            "hamming": [row.hamming for row in stage.rows],
-            "layers": [
-                {"site": name, "total": site.total, "relus": site.kept}
-                for name, site in stage.sites.items()
-            ],
-        },
-    )
-    assert isinstance(stage.model, fx.GraphModule)
-    return stage.model

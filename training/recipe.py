@@ -16,7 +16,25 @@ from pi_system import config, nn
 from pi_system.errors import UsageError
 
 STAGES = ("teacher", "sensitivity", "masks", "finetune")
+STUDENT_STAGES = ("masks", "finetune")
 BUNDLED = Path(__file__).parent / "recipes"
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{name} is one of {', '.join(known)}; got {value!r}")
+
+
+def _fractions(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UsageError(f"{name} must be between 0 and 1, got {value}")
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise UsageError(f"{name} must be positive, got {value}")
 
 
 @dataclass(frozen=True)
@@ -127,10 +145,74 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class Masks:
-    """Mask search by activation mismatch; ``loss = ce * CE + kl * KL``.
+class Allocate:
+    """How a budget becomes layer budgets.
 
-    A site whose share of the budget is under ``min_relus`` keeps none (see ``allocate``).
+    ``rule``: ``senet`` (water-filling by sensitivity), ``uniform`` (the same part of every
+    layer), ``whole-layers`` (layers are kept whole or dropped, after DeepReDuce), ``given``
+    (``relus``, one number per layer, such as ``pi-train allocate --target-latency`` finds), or
+    ``search``: the mask search compares positions of all layers with each other.
+
+    A site whose share is under ``min_relus`` keeps none, under ``senet`` and ``uniform``.
+    """
+
+    rule: str = "senet"
+    min_relus: int = 0
+    relus: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("rule", self.rule, ("senet", "uniform", "whole-layers", "given", "search"))
+        if (self.rule == "given") != bool(self.relus) or any(count < 0 for count in self.relus):
+            raise UsageError("relus, none of them negative, goes with the rule given and no other")
+        if self.min_relus < 0:
+            raise UsageError(f"min_relus must not be negative, got {self.min_relus}")
+
+
+@dataclass(frozen=True)
+class Snl:
+    """Relaxed masks under an L1 penalty (SNL, ICML 2022).
+
+    Args:
+        l1: the penalty's first weight per gate; it is steered ``updates`` times an epoch so that
+            the gates' sum falls to the budget by the end of the search.
+        rate: learning rate of the gates as a multiple of that of the weights.
+    """
+
+    l1: float = 1e-4
+    rate: float = 1.0
+    updates: int = 25
+
+    def __post_init__(self) -> None:
+        _positive(l1=self.l1, rate=self.rate, updates=self.updates)
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Masks by the squared gradient of the loss with respect to each position's gate.
+
+    Args:
+        updates: times an epoch the masks are chosen anew.
+        progressive: the budget falls from all ReLUs to the recipe's, cubically, until the last
+            ``settle`` of the search; else it is the recipe's from the start.
+        memory: part of the old score that stays at each update.
+    """
+
+    updates: int = 25
+    progressive: bool = True
+    settle: float = 0.25
+    memory: float = 0.8
+
+    def __post_init__(self) -> None:
+        _fractions(settle=self.settle, memory=self.memory)
+        _positive(updates=self.updates)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Mask search; ``loss = ce * CE + kl * KL``.
+
+    ``method``: ``senet`` (activation mismatch), ``taylor``, ``snl``, or ``random`` positions,
+    which take no epochs. The next three settings are those of ``senet``.
 
     ``start`` of the search: ``random`` masks (the paper), or ``teacher``: the positions that lose
     most when the teacher itself is linearized there, over ``start_images`` training images.
@@ -142,25 +224,30 @@ class Masks:
 
     epochs: int
     optimizer: Optimizer
+    method: str = "senet"
     granularity: str = "pixel"
     start: str = "random"
     start_images: int = 5120
     score: str = "mismatch"
-    min_relus: int = 0
     ce: float = 0.5
     kl: float = 0.5
     temperature: float = 4.0
+    snl: Snl = Snl()
+    taylor: Taylor = Taylor()
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("pixel", "channel"):
-            raise UsageError(f"granularity is pixel or channel, got {self.granularity!r}")
-        if self.start not in ("random", "teacher"):
-            raise UsageError(f"start is random or teacher, got {self.start!r}")
-        if self.score not in ("mismatch", "linearized"):
-            raise UsageError(f"score is mismatch or linearized, got {self.score!r}")
-        if self.min_relus < 0:
-            raise UsageError(f"min_relus must not be negative, got {self.min_relus}")
-        _positive(epochs=self.epochs, temperature=self.temperature, start_images=self.start_images)
+        _one_of("method", self.method, ("senet", "taylor", "snl", "random"))
+        _one_of("granularity", self.granularity, ("pixel", "channel"))
+        _one_of("start", self.start, ("random", "teacher"))
+        _one_of("score", self.score, ("mismatch", "linearized"))
+        if self.granularity == "channel" and self.method not in ("senet", "random"):
+            raise UsageError(f"method {self.method} chooses pixels, not channels")
+        if self.method == "random":
+            if self.epochs:
+                raise UsageError(f"random positions take no epochs, got {self.epochs}")
+        else:
+            _positive(epochs=self.epochs)
+        _positive(temperature=self.temperature, start_images=self.start_images)
 
 
 @dataclass(frozen=True)
@@ -184,11 +271,15 @@ class Recipe:
 
     Args:
         relu_budget: ReLUs the student may keep, the stem counted (SENet's convention).
+        seed: draws the validation split, the teacher and the sensitivities.
+        student_seed: draws the masks and the students' batches; ``seed`` where it is not given.
         validation: training images held out; no choice is ever made on the test split.
         padding: reflection padding of the random crop, in pixels.
         threads: CPU threads; 0 leaves the choice to torch. Bit-for-bit repeatable results need
             the same number.
         compile: whether the training steps run through ``torch.compile``.
+        precision: of the students' training, ``fp32`` or ``bf16`` (autocast, weights in fp32).
+            Faster on CPUs with AVX512-BF16, slower on those without.
     """
 
     name: str
@@ -202,13 +293,25 @@ class Recipe:
     sensitivity: Sensitivity
     masks: Masks
     finetune: Finetune
+    allocate: Allocate = Allocate()
+    student_seed: int | None = None
     width: int | None = None
     padding: int = 4
     flip: bool = True
     threads: int = 0
     compile: bool = True
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        _one_of("precision", self.precision, ("fp32", "bf16"))
+        chosen = self.masks.method
+        if (self.allocate.rule == "search" and chosen not in ("snl", "taylor")) or (
+            chosen == "snl" and self.allocate.rule != "search"
+        ):
+            raise UsageError(
+                f"{self.name}: masks.method {chosen} does not go with allocate.rule "
+                f"{self.allocate.rule}; snl needs search, senet and random cannot do it"
+            )
         if self.arch not in nn.zoo.DEFAULT_WIDTH:
             known = ", ".join(nn.zoo.DEFAULT_WIDTH)
             raise UsageError(f"{self.name}: unknown architecture {self.arch!r}; known: {known}")
@@ -222,6 +325,18 @@ class Recipe:
     def channels(self) -> int:
         """The published or chosen width of the first stage."""
         return self.width if self.width is not None else nn.zoo.DEFAULT_WIDTH[self.arch]
+
+    @property
+    def method(self) -> str:
+        """What the budget and the positions are chosen by."""
+        rule, search = self.allocate.rule, self.masks.method
+        return "senet" if rule == search == "senet" else f"{rule}/{search}"
+
+    def seed_of(self, stage: str) -> int:
+        """The seed of a stage's randomness."""
+        if stage in STUDENT_STAGES and self.student_seed is not None:
+            return self.student_seed
+        return self.seed
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -239,8 +354,10 @@ class Recipe:
         document |= {"threads": self.threads, "compile": self.compile, "stage": stage}
         for name in STAGES[: STAGES.index(stage) + 1]:
             document[name] = dataclasses.asdict(getattr(self, name))
-        if STAGES.index(stage) >= STAGES.index("masks"):
-            document["relu_budget"] = self.relu_budget
+        if stage in STUDENT_STAGES:
+            for name in ("relu_budget", "student_seed", "precision"):
+                document[name] = getattr(self, name)
+            document["allocate"] = dataclasses.asdict(self.allocate)
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
@@ -264,15 +381,3 @@ def load(name_or_path: str) -> Recipe:
 def bundled() -> tuple[str, ...]:
     """The names of the bundled recipes."""
     return tuple(sorted(path.stem for path in BUNDLED.glob("*.toml")))
-
-
-def _fractions(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise UsageError(f"{name} must be between 0 and 1, got {value}")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise UsageError(f"{name} must be positive, got {value}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
 
 from pi_system import checkpoint
 from pi_system.errors import UsageError
-from pi_system.nn import count_relus
+from pi_system.nn import ReLUCount, count_relus
 
-from . import allocate, distill, masks, sensitivity, teacher
+from . import allocate, distill, search, sensitivity, teacher
 from .evaluate import record_test
 from .loop import Run
 
@@ -33,11 +36,27 @@ def check_budget(run: Run) -> None:
     Raises:
         UsageError: the budget is too large.
     """
-    total = count_relus(teacher.masked(run, teacher.fresh(run, "teacher"))).total
+    total = _counted(run).total
     if run.recipe.relu_budget > total:
         raise UsageError(
             f"{run.recipe.name}: relu_budget {run.recipe.relu_budget} is over the network's {total}"
         )
+
+
+def measure(run: Run) -> allocate.Rule:
+    """Sensitivities and what the recipe's rule makes of the budget; the teacher is not needed."""
+    check_budget(run)
+    profile = sensitivity.run_stage(run)
+    return allocate.run_stage(run, _counted(run), profile)
+
+
+def find_masks(run: Run) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(teacher, network with the masks found), with all stages before."""
+    check_budget(run)
+    network = teacher.train(run)
+    found = search.run_stage(run, network, measure(run))
+    log.info("ReLUs by layer: %s", " ".join(str(n.kept) for n in count_relus(found).layers))
+    return network, found
 
 
 def train(run: Run) -> list[Result]:
@@ -46,18 +65,28 @@ def train(run: Run) -> list[Result]:
     Returns:
         The teacher's and the student's figures.
     """
-    check_budget(run)
-    network = teacher.train(run)
-    profile = sensitivity.run_stage(run)
-    budgets = allocate.run_stage(run, count_relus(network), profile)
-    log.info("layer budgets: %s", " ".join(str(budget) for budget in budgets.values()))
-    found = masks.run_stage(run, network, budgets)
-    student = distill.run_stage(run, network, found)
+    distill.run_stage(run, *find_masks(run))
     results = []
-    for name, model in ((teacher.FOLDER, network), (distill.FOLDER, student)):
-        directory = run.directory / name
-        test = record_test(directory, run.dataset)
-        count = count_relus(model)
-        manifest = checkpoint.load(directory)[1]
-        results.append(Result(name, count.kept, count.total, manifest.validation_accuracy, test))
+    for directory in (run.folder("teacher") / teacher.FOLDER, run.directory / distill.FOLDER):
+        with run.writing() as mine:
+            if mine:
+                record_test(directory, run.dataset)
+        results.append(figures(directory))
     return results
+
+
+def figures(directory: Path) -> Result:
+    """What the checkpoint in ``directory`` says of itself."""
+    model, manifest = checkpoint.load(directory)
+    count = count_relus(model)
+    return Result(
+        directory.name,
+        count.kept,
+        count.total,
+        manifest.validation_accuracy,
+        manifest.test_accuracy,
+    )
+
+
+def _counted(run: Run) -> ReLUCount:
+    return count_relus(teacher.masked(run, teacher.fresh(run, "teacher")))

@@ -160,14 +160,12 @@ def run_stage(run: Run) -> dict[str, float]:
         )
     result = {str(layer["site"]): float(str(layer["eta_alpha"])) for layer in layers}
     document = {
-        "stage": stage.name,
-        "digest": run.recipe.digest(stage.name),
         "density": stage.sparse.kept / sum(mask.numel() for mask in masks.values()),
         "layers": layers,
     }
     if run.recipe.arch == "resnet18":
         document["correlation_with_published"] = compare_published(list(result.values()))
-    run.write_json(OUTPUT, document)
+    run.write_json(OUTPUT, stage.name, document)
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -11,9 +13,9 @@ from pi_system.checkpoint import Manifest
 from pi_system.nn import build, count_relus, linearize
 
 from .loop import Run, Stage, derive_seed
-from .recipe import Recipe
 
 FOLDER = "teacher"
+OUTPUT = "teacher.json"
 
 
 class TeacherStage(Stage):
@@ -55,37 +57,47 @@ def masked(run: Run, model: nn.Module) -> fx.GraphModule:
 
 
 def train(run: Run) -> fx.GraphModule:
-    """Train the teacher, or go on with it, and save it in ``teacher/`` of the run directory.
+    """Train the teacher, or go on with it, and save it in ``teacher/``.
 
     Returns:
         The masked network with full masks, in evaluation mode.
     """
-    stage = TeacherStage(run)
-    stage.fit()
-    model = masked(run, stage.model).eval()
-    path = run.directory / FOLDER
-    if not (path / "manifest.json").exists():
-        total = count_relus(model).total
-        checkpoint.save(
+    path = run.folder(TeacherStage.name) / FOLDER
+    if run.read_json(OUTPUT, TeacherStage.name) is None:
+        stage = TeacherStage(run)
+        stage.fit()
+        model = masked(run, stage.model).eval()
+        measured = stage.rows[-1].validation_accuracy
+        save(
+            run,
             path,
             model,
-            manifest(
-                run,
-                budget=total,
-                method="teacher",
-                source="trained from random weights",
-                validation_accuracy=stage.rows[-1].validation_accuracy,
-            ),
+            budget=count_relus(model).total,
+            method="teacher",
+            source="trained from random weights",
+            validation_accuracy=measured,
         )
+        run.write_json(OUTPUT, stage.name, {"validation_accuracy": measured})
     return checkpoint.load(path)[0]
 
 
-def manifest(
-    run: Run, *, budget: int, method: str, source: str, validation_accuracy: float | None
-) -> Manifest:
-    """The manifest of a checkpoint of this run; ``checkpoint.save`` counts the ReLUs."""
-    recipe: Recipe = run.recipe
-    return Manifest(
+def save(
+    run: Run,
+    path: Path,
+    model: nn.Module,
+    *,
+    budget: int,
+    method: str,
+    source: str,
+    validation_accuracy: float | None,
+) -> None:
+    """Save ``model`` as a checkpoint of this run.
+
+    Raises:
+        UsageError: it keeps more ReLUs than ``budget``.
+    """
+    recipe = run.recipe
+    manifest = Manifest(
         arch=recipe.arch,
         width=recipe.channels,
         classes=run.dataset.classes,
@@ -97,7 +109,10 @@ def manifest(
         relu_kept=0,
         method=method,
         recipe=recipe.name,
-        seed=recipe.seed,
+        seed=recipe.seed_of("teacher" if method == "teacher" else "finetune"),
         source=source,
         validation_accuracy=validation_accuracy,
     )
+    with run.writing() as mine:
+        if mine:
+            checkpoint.save(path, model, manifest)

@@ -1,9 +1,13 @@
 """What a backend is: three session objects over channels, one per role.
 
-A session is driven from the client: ``setup`` once, then ``offline(count)`` to lay one-time
+A session is driven from the client: ``setup`` once, then ``offline(count)`` to have one-time
 material for ``count`` inferences in memory, then ``online`` once per inference. The server's
 methods are called when the client's are (``parties`` carries the commands); the dealer serves
 until both channels close.
+
+A :class:`Keeping` backend can hold material on disk: ``prepare(count)`` lays it in, and
+``offline``, in this or a later session, takes from it first. A session on stock needs no dealer,
+whose channel is ``None`` there.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +30,14 @@ from ..net.channel import Channel
 class Options:
     """Public parameters of a session, equal on all sides.
 
-    ``threads`` is per party; ``device`` is a torch device name for server and dealer.
+    ``threads`` is per party; ``device`` is a torch device name for server and dealer; ``plan``
+    names the precision the server is to use, and only the server's counts.
     """
 
     batch: int = 1
     threads: int = 1
     device: str = "cpu"
+    plan: str = "default"
 
 
 class ServerSession(Protocol):
@@ -46,6 +53,10 @@ class ClientSession(Protocol):
         """Normalised images (N, C, H, W) to logits (N, classes)."""
         ...
 
+    def facts(self) -> dict[str, Any]:
+        """What the backend adds to a result, JSON-able: fss its plan and its retries."""
+        ...
+
 
 class DealerSession(Protocol):
     def run(self) -> None:
@@ -57,14 +68,45 @@ class Backend(Protocol):
     name: str
 
     def server(
-        self, graph: Graph, client: Channel, dealer: Channel, options: Options
+        self, graph: Graph, client: Channel, dealer: Channel | None, options: Options
     ) -> ServerSession: ...
 
     def client(
-        self, public: Graph, server: Channel, dealer: Channel, options: Options
+        self, public: Graph, server: Channel, dealer: Channel | None, options: Options
     ) -> ClientSession: ...
 
     def dealer(self, server: Channel, client: Channel, options: Options) -> DealerSession: ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A backend whose material can outlive a session."""
+
+    def open_store(self, directory: Path, role: str, limit: int | None = None) -> None:
+        """Keep material of this party ("client" or "server") in ``directory`` from now on.
+
+        Args:
+            limit: items kept for one pair of client and server.
+
+        Raises:
+            RefusedError: the directory is in use by another process, or a copy.
+            PiError: it cannot be used otherwise.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepingSession(Protocol):
+    """A client's or server's session of such a backend."""
+
+    @property
+    def stock(self) -> int:
+        """For how many inferences there is material that is not claimed yet."""
+        ...
+
+    def prepare(self, count: int) -> int:
+        """Lay in material for ``count`` inferences; how many are in stock then."""
+        ...
 
 
 _REGISTRY: Final = {
@@ -109,6 +151,17 @@ def get(name: str) -> Backend:
     except (AttributeError, ValueError) as error:
         raise UsageError(f"backend {name!r}: there is no {attribute!r} in {module!r}") from error
     return factory()
+
+
+def open_store(backend: Backend, directory: Path, role: str, limit: int | None = None) -> None:
+    """See :meth:`Keeping.open_store`.
+
+    Raises:
+        UsageError: this backend keeps no material.
+    """
+    if not isinstance(backend, Keeping):
+        raise UsageError(f"the backend {backend.name!r} keeps no one-time material: no --store")
+    backend.open_store(directory, role, limit)
 
 
 def _entry(name: str) -> str:

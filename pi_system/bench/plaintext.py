@@ -16,7 +16,8 @@ _WARMUP = 2
 
 
 class PlaintextTimer:
-    """Times both memory formats in turns; :meth:`result` is the faster one's.
+    """Times both memory formats, each by itself as a caller would run it; :meth:`result` is the
+    faster one's.
 
     Call :meth:`run` before and after a private measurement, so that both saw the same machine.
     """
@@ -32,25 +33,28 @@ class PlaintextTimer:
 
     def run(self, repeat: int) -> None:
         """Add ``repeat`` timed passes of each format."""
-        for forward in self._forward.values():
+        for name, forward in self._forward.items():
             for _ in range(_WARMUP):
                 forward(self._images)
-        for times in self._seconds.values():
-            times.append([])
-        for _ in range(repeat):
-            for name, forward in self._forward.items():
+            block = []
+            for _ in range(repeat):
                 started = time.perf_counter()
                 forward(self._images)
-                self._seconds[name][-1].append(time.perf_counter() - started)
+                block.append(time.perf_counter() - started)
+            self._seconds[name].append(block)
 
     def result(self) -> Plaintext:
-        name = self._best()
-        values = [value for block in self._seconds[name] for value in block]
-        return Plaintext(Latency.of(values), name, self._threads)
+        values = [value for block in self.blocks() for value in block]
+        return Plaintext(Latency.of(values), self._best(), self._threads)
+
+    def blocks(self) -> list[list[float]]:
+        """Seconds of each :meth:`run` in the faster format."""
+        return self._seconds[self._best()]
 
     def drift(self) -> float:
         """Relative difference between the medians of the first and the last :meth:`run`."""
-        first, *_, last = [statistics.median(block) for block in self._seconds[self._best()]]
+        blocks = self.blocks()
+        first, last = statistics.median(blocks[0]), statistics.median(blocks[-1])
         return abs(last - first) / min(first, last)
 
     def _best(self) -> str:

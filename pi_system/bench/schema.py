@@ -1,6 +1,7 @@
-"""The result of a measurement, schema version 1, as typed records.
+"""Results, schema version 1, as typed records.
 
-``result.schema.json`` beside this module describes the same as a JSON Schema. Bytes are counted
+``result.schema.json`` and ``compare.schema.json`` beside this module describe the same as JSON
+Schemas. Bytes are counted
 on the socket, framing included; offline and online figures are per inference.
 """
 
@@ -11,14 +12,22 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 SCHEMA_VERSION: Final = 1
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a result."""
-    file = resources.files(__package__) / "result.schema.json"
+def json_schema(kind: Literal["result", "compare"] = "result") -> dict[str, Any]:
+    """The JSON Schema of a result of ``pi-bench run`` or ``pi-bench compare``, complete in
+    itself."""
+    schema = _read_schema(kind)
+    if kind == "compare":
+        schema["$defs"]["result"] = _read_schema("result")
+    return schema
+
+
+def _read_schema(kind: str) -> dict[str, Any]:
+    file = resources.files(__package__) / f"{kind}.schema.json"
     schema: dict[str, Any] = json.loads(file.read_text())
     return schema
 
@@ -34,7 +43,10 @@ class Latency:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Self:
-        values = [round(1000 * value, 4) for value in seconds]
+        return cls.of_milliseconds([round(1000 * value, 4) for value in seconds])
+
+    @classmethod
+    def of_milliseconds(cls, values: list[float]) -> Self:
         return cls(round(statistics.median(values), 4), min(values), max(values), values)
 
     @property
@@ -110,8 +122,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Offline:
+    """``relu_bytes`` and ``linear_bytes`` are the parts of ``bytes`` that are material of ReLUs
+    and shares of linear layers, ``bytes_per_relu`` the former per kept ReLU from dealer to client
+    and to server; null where the backend does not mark them.
+    """
+
     latency_ms: Latency
     bytes: Traffic
+    relu_bytes: Traffic | None = None
+    linear_bytes: Traffic | None = None
+    bytes_per_relu: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,12 +152,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Online:
-    """``relu_bytes`` is the sum over ReLU layers, both directions."""
+    """``relu_bytes`` is the sum over ReLU layers, both directions.
+
+    ``work_ms`` is where the time of an inference goes, by party and kind of work (waiting is
+    one); a backend that does not tell leaves it empty.
+    """
 
     latency_ms: Latency
     bytes: OnlineTraffic
     relu_bytes: int
     round_trips: float
+    work_ms: dict[str, dict[str, float]]
     layers: list[Layer]
 
 
@@ -151,6 +176,9 @@ class Accuracy:
         argmax_agreement: fraction of the answers.
         max_abs_error: of a logit.
         correct, plaintext_correct: images whose label was hit, ``None`` without labels.
+        retries: inferences that had to be repeated with fresh one-time material.
+        stated_error: of a logit, by the backend's plan; ``None`` where it states none.
+        beyond_stated: answers with a logit further off than that.
     """
 
     images: int
@@ -159,6 +187,29 @@ class Accuracy:
     max_abs_error: float
     correct: int | None
     plaintext_correct: int | None
+    retries: int = 0
+    stated_error: float | None = None
+    beyond_stated: int = 0
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The plan of the fss backend in brief.
+
+    Attributes:
+        plan: its name.
+        f_x: fractional bits of activations.
+        opened_bits, ring_bits: least and largest k and n.
+        error: stated for a logit.
+        retry_rate: bound on the share of images that need a retry.
+    """
+
+    plan: str
+    f_x: int
+    opened_bits: list[int]
+    ring_bits: list[int]
+    error: float
+    retry_rate: float
 
 
 @dataclass(frozen=True)
@@ -169,7 +220,11 @@ class Stability:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The first answer for one image."""
+    """The first answer for one image.
+
+    ``plaintext_margin`` is plaintext's largest logit minus its second: an answer can differ only
+    where it is at most twice ``max_abs_error``.
+    """
 
     image: int
     label: str | None
@@ -177,6 +232,7 @@ class Prediction:
     plaintext: str
     equal: bool
     max_abs_error: float
+    plaintext_margin: float
 
 
 @dataclass(frozen=True)
@@ -195,12 +251,95 @@ class Result:
     peak_memory_mb: dict[str, float]
     stability: Stability
     predictions: list[Prediction]
+    fixed_point: FixedPoint | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
     def slowdown(self) -> float:
         """Online latency over plaintext latency, medians."""
         return self.online.latency_ms.median / self.plaintext.latency_ms.median
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able data, the version first."""
+        data = asdict(self)
+        return {"schema_version": data.pop("schema_version"), **data}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One backend on one model in a comparison: its figures over all rounds, or why it has none.
+
+    Attributes:
+        name: as asked for, ``fss`` or ``crypten-all``.
+        model: which it ran; another one than compared for ``-all``.
+        not_run: why it has no figures (which are then null).
+    """
+
+    name: str
+    backend: str
+    model: Model
+    not_run: str | None
+    setup: Setup | None = None
+    offline: Offline | None = None
+    online: Online | None = None
+    accuracy: Accuracy | None = None
+    peak_memory_mb: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """Raw milliseconds of one round: plaintext, and by contender."""
+
+    plaintext_ms: list[float]
+    online_ms: dict[str, list[float]]
+    offline_ms: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A ratio taken in each round, in ``values``."""
+
+    median: float
+    min: float
+    max: float
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One contender over another, or over plaintext.
+
+    Latencies: of the medians of each round. Bytes and round trips, which do not vary: of the
+    medians of all; ``None`` over plaintext, which has none, or over nothing.
+    """
+
+    contender: str
+    over: str
+    online_latency: Spread
+    offline_latency: Spread | None = None
+    online_bytes: float | None = None
+    offline_bytes: float | None = None
+    round_trips: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders and plaintext in turns on one machine.
+
+    ``model`` is the one compared, and plaintext's.
+    """
+
+    environment: dict[str, Any]
+    model: Model
+    network: Network
+    threads_per_party: int
+    batch_size: int
+    plaintext: Plaintext
+    contenders: list[Contender]
+    ratios: list[Ratio]
+    rounds: list[Round]
+    stability: Stability
+    schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able data, the version first."""

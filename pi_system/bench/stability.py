@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from .schema import Latency, Stability
@@ -11,7 +12,7 @@ MIN_VALUES: Final = 5
 
 
 def judge(
-    online: Latency,
+    online: Mapping[str, Latency],
     plaintext: Latency,
     *,
     plaintext_drift: float,
@@ -21,18 +22,23 @@ def judge(
     """Warnings about spread, drift, few values and a busy machine.
 
     Args:
+        online: latencies by what to call them.
         plaintext_drift: relative change of the plaintext median from before to after.
         environment: of :func:`pi_system.bench.environment.describe`, before the run.
     """
     warnings = []
-    for name, latency in (("online", online), ("plaintext", plaintext)):
+    for name, latency in {**online, "plaintext": plaintext}.items():
         if latency.spread > MAX_SPREAD:
             warnings.append(
                 f"{name} latency spreads over {latency.spread:.0%} of its median; "
                 "quote the minimum too, or repeat on an idle machine"
             )
-    if len(online.values) < MIN_VALUES:
-        warnings.append(f"only {len(online.values)} inferences; use --repeat {MIN_VALUES} or more")
+    for name, latency in online.items():
+        if len(latency.values) < MIN_VALUES:
+            warnings.append(
+                f"only {len(latency.values)} values of {name} latency; "
+                f"{MIN_VALUES} or more are better"
+            )
     if plaintext_drift > MAX_SPREAD:
         warnings.append(
             f"plaintext latency changed by {plaintext_drift:.0%} between before and after the run"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
@@ -54,10 +56,11 @@ def print_result(console: Console, result: Result, *, predictions: bool, layers:
         f"Online: {result.slowdown:.1f} x plaintext's latency, {online.round_trips:g} round trips, "
         f"{size(online.bytes.total)} ({size(online.relu_bytes)} for ReLUs)."
     )
+    print_work(console, online.work_ms)
     agreed = round(accuracy.argmax_agreement * accuracy.answers)
     console.print(
         f"Agreement with plaintext: {agreed} of {accuracy.answers} answers, "
-        f"largest logit error {accuracy.max_abs_error:.2g}."
+        f"largest logit error {accuracy.max_abs_error:.2g}{_stated(result)}."
     )
     if accuracy.correct is not None:
         console.print(
@@ -66,6 +69,23 @@ def print_result(console: Console, result: Result, *, predictions: bool, layers:
         )
     for warning in result.stability.warnings:
         console.print(f"[yellow]unstable:[/yellow] {warning}")
+
+
+def print_work(
+    console: Console, work_ms: Mapping[str, Mapping[str, float]], *, prefix: str = ""
+) -> None:
+    """Where an inference's time goes, a line per party that told; nothing if none did."""
+    for role, kinds in work_ms.items():
+        if kinds:
+            spent = ", ".join(f"{kind} {ms:.2f}" for kind, ms in kinds.items())
+            console.print(f"{prefix}{role}, ms of an inference: {spent}.", markup=False)
+
+
+def _stated(result: Result) -> str:
+    plan, accuracy = result.fixed_point, result.accuracy
+    if plan is None:
+        return ""
+    return f" (the {plan.plan} plan states {plan.error:.2g}), {accuracy.retries} retries"
 
 
 def size(count: int) -> str:

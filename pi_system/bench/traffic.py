@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from ..graph.ir import Graph, Node
-from ..net.meter import Event, Labels, events_from_json, seconds_from_json
+from ..net.meter import (
+    Event,
+    Labels,
+    Phase,
+    Work,
+    events_from_json,
+    seconds_from_json,
+    work_from_json,
+)
 from .rounds import round_trips
 from .schema import Layer, OnlineTraffic, Traffic
+
+WorkSeconds = dict[tuple[Phase, int, Work], float]
+"""Of :func:`work_from_json`."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class Logs:
     client: list[Event]
     server_seconds: dict[Labels, float]
     client_seconds: dict[Labels, float]
+    server_work: WorkSeconds
+    client_work: WorkSeconds
 
     @classmethod
     def of(cls, server: dict[str, Any], client: dict[str, Any]) -> Self:
@@ -33,19 +46,46 @@ class Logs:
             events_from_json(client),
             seconds_from_json(server),
             seconds_from_json(client),
+            work_from_json(server),
+            work_from_json(client),
         )
 
-    def phase(self, phase: str, inferences: Sequence[int] | None = None) -> Traffic:
+    def phase(
+        self, phase: str, inferences: Sequence[int] | None = None, layer: str | None = None
+    ) -> Traffic:
         """Bytes of a phase by direction; per inference (the median) if inferences are named."""
         if inferences is None:
-            return Traffic(**self._directions(phase, None))
-        each = [self._directions(phase, number) for number in inferences]
+            return Traffic(**self._directions(phase, None, layer))
+        each = [self._directions(phase, number, layer) for number in inferences]
         return Traffic(**{key: _median(one[key] for one in each) for key in each[0]})
+
+    def offline_parts(self, graph: Graph, batch: int, inferences: Sequence[int]) -> dict[str, Any]:
+        """What :class:`~pi_system.bench.schema.Offline` says of ReLUs and linear layers."""
+        marks = {event.layer for event in self.client if event.phase == "offline"}
+        if not {"gates", "linear"} & marks:
+            return {}
+        gates, linear = (
+            self.phase("offline", inferences, layer=mark) for mark in ("gates", "linear")
+        )
+        kept = batch * graph.relu_kept
+        per = {
+            way: round(getattr(gates, way) / kept, 2) if kept else 0.0
+            for way in ("dealer_to_client", "dealer_to_server")
+        }
+        return {"relu_bytes": gates, "linear_bytes": linear, "bytes_per_relu": per}
 
     def online_round_trips(self, inference: int) -> float:
         """Of one inference between server and client."""
         logs = {"server": self.server, "client": self.client}
         return round_trips({role: _online(log, inference) for role, log in logs.items()})
+
+    def work(self, inferences: Sequence[int]) -> dict[str, dict[str, float]]:
+        """Milliseconds of an inference online by party and kind of work, as far as the backend
+        tells them apart."""
+        return {
+            role: _by_kind(work, inferences)
+            for role, work in (("server", self.server_work), ("client", self.client_work))
+        }
 
     def layers(self, graph: Graph, inferences: Sequence[int]) -> list[Layer]:
         """Every layer that sent or received anything online or took time, and all ReLU layers."""
@@ -78,9 +118,17 @@ class Logs:
             },
         )
 
-    def _directions(self, phase: str, inference: int | None) -> dict[str, int]:
+    def _directions(
+        self, phase: str, inference: int | None, layer: str | None = None
+    ) -> dict[str, int]:
         server, client = (
-            [e for e in log if e.phase == phase and inference in (None, e.inference)]
+            [
+                e
+                for e in log
+                if e.phase == phase
+                and inference in (None, e.inference)
+                and layer in (None, e.layer)
+            ]
             for log in (self.server, self.client)
         )
         return {
@@ -103,6 +151,16 @@ def _bytes(events: Iterable[Event], peer: str, direction: str) -> int:
 
 def _median(values: Iterable[int]) -> int:
     return round(statistics.median(values))
+
+
+def _by_kind(work: WorkSeconds, inferences: Sequence[int]) -> dict[str, float]:
+    kinds = dict.fromkeys(kind for phase, _, kind in work if phase == "online")
+    return {
+        kind: round(
+            1000 * statistics.median(work.get(("online", n, kind), 0.0) for n in inferences), 4
+        )
+        for kind in kinds
+    }
 
 
 def _milliseconds(

@@ -87,6 +87,17 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def plan_option(function: F) -> F:
+    """``--plan``: the server's precision."""
+    return click.option(
+        "--plan",
+        type=click.Choice(["default", "high"]),
+        default="default",
+        show_default=True,
+        help="fss: the server's fixed-point precision.",
+    )(function)
+
+
 def output_options(function: F) -> F:
     """``--format table|json|csv`` and ``--output FILE``."""
     function = click.option(

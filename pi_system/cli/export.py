@@ -41,6 +41,22 @@ def _input_shape(
     "--relus", type=click.IntRange(0), metavar="N", help="With --from: keep N, at random positions."
 )
 @click.option(
+    "--calibrate",
+    "samples",
+    metavar="FILE|bundled|synthetic",
+    help="Images for the fixed-point plans: .npy, or .bin as CIFAR's binary version comes. They "
+    "should be like those to come, and none of a test set. [default: bundled ones where they fit "
+    "the model, else synthetic]",
+)
+@click.option(
+    "--calibrate-images", type=click.IntRange(1), default=512, show_default=True,
+    help="Use the first so many of them.",
+)  # fmt: skip
+@click.option(
+    "--plans-only", is_flag=True,
+    help="Write the plans into the checkpoint itself, as the bundled models have them.",
+)  # fmt: skip
+@click.option(
     "--parity",
     "parity_images",
     metavar="IMAGES.npy|bundled|random",
@@ -57,6 +73,9 @@ def command(
     factory: str | None,
     shape: tuple[int, ...] | None,
     relus: int | None,
+    samples: str | None,
+    calibrate_images: int,
+    plans_only: bool,
     parity_images: str | None,
     fractional_bits: int,
     format_: str,
@@ -70,8 +89,13 @@ def command(
     --from runs FILE.PY, your own code, and calls FACTORY(), which returns an nn.Module.
     --parity ends with exit code 4 when the logits in fixed point are too far off.
 
+    The exported model holds the fixed-point plans of the fss backend, one per --plan of
+    pi-party server, calibrated on sample images; a plan that the checkpoint has already stays
+    unless --calibrate is given.
+
     \b
     Examples:
+      pi-export runs/student --calibrate cifar-100-binary/train.bin -o student
       pi-export runs/student -o student --parity random
       pi-export --from mynet.py:build --input 3x32x32 --relus 20000 -o mynet
     """
@@ -80,6 +104,12 @@ def command(
     if relus is not None:
         _note(f"note: the {relus} kept ReLUs are at random positions and nothing was trained")
     result = None if parity_images is None else _parity(graph, parity_images, fractional_bits)
+    if plans_only and (samples is None or target is not None):
+        raise UsageError("--plans-only needs --calibrate, and no -o")
+    if samples is not None or target is not None:
+        graph = _calibrated(graph, samples, calibrate_images)
+    if plans_only:
+        _write_plans(Path(checkpoint or ""), graph)
     if target is not None:
         from ..graph import serialize
 
@@ -116,6 +146,79 @@ def _graph(
     if (Path(checkpoint) / "manifest.json").is_file():
         return models.from_checkpoint(Path(checkpoint))
     return models.resolve(checkpoint)
+
+
+def _calibrated(graph: Graph, samples: str | None, count: int) -> Graph:
+    """The graph with fixed-point plans in its metadata."""
+    from ..backends.fss import plan
+    from ..errors import UnsupportedLayer
+
+    if samples is None and plan.PLAN_KEY in graph.metadata:
+        return graph
+    images, source = _samples(graph, samples, count)
+    try:
+        plans, failures = plan.calibrated(graph, images, source)
+    except (UsageError, UnsupportedLayer) as error:
+        if samples is not None:
+            raise
+        _note(f"warning: the fss backend cannot run this model: {error}")
+        return graph
+    for name, reason in failures.items():
+        _note(f"warning: no {name} plan: {reason}")
+    for name in plan.PRECISIONS.keys() - failures.keys():
+        stated = plans[name]["error"]
+        _note(f"{name} plan, calibrated on {source}: logits within {stated:.2g} of plaintext's")
+    return dataclasses.replace(graph, metadata={**graph.metadata, plan.PLAN_KEY: plans})
+
+
+def _samples(graph: Graph, samples: str | None, count: int) -> tuple[Any, str]:
+    """Normalised images, and what they are."""
+    from .. import models
+    from ..backends.fss import plan
+
+    fits = graph.metadata.get("dataset") == "cifar100" and graph.input.shape == models.RANDOM_INPUT
+    if samples is None:
+        samples = "bundled" if fits else "synthetic"
+        _note(
+            f"warning: plans calibrated on {samples} images, which those to come may exceed; "
+            "give samples with --calibrate"
+        )
+    if samples == "synthetic":
+        images = plan.synthetic_images(graph)
+        return images, f"{len(images)} synthetic images"
+    if samples == "bundled":
+        images = models.normalise(models.demo_images()[0][:count], graph.metadata)
+        return images, f"{len(images)} bundled images"
+    path = Path(samples)
+    if path.suffix == ".bin":
+        from ..parties.images import normalise, read_cifar
+
+        try:
+            with open(path, "rb") as file:
+                pixels, _ = read_cifar(file, name=samples)
+        except OSError as error:
+            raise UsageError(f"cannot read {samples}: {error.strerror}") from error
+        images = normalise(pixels[:count], graph.metadata, graph.input.shape)
+    else:
+        images = models.read_images(path, graph)[:count]
+    return images, f"{len(images)} images of {path.name}"
+
+
+def _write_plans(checkpoint: Path, graph: Graph) -> None:
+    import json
+
+    from .. import models
+    from ..backends.fss.plan import PLAN_KEY
+    from ..files import write_atomic
+
+    if not (checkpoint / "manifest.json").is_file():
+        raise UsageError(f"--plans-only needs a checkpoint's directory, not {str(checkpoint)!r}")
+    document = {
+        "weights_sha256": models.weights_hash(checkpoint),
+        "metadata": {PLAN_KEY: graph.metadata[PLAN_KEY]},
+    }
+    write_atomic(checkpoint / models.PLANS_NAME, (json.dumps(document) + "\n").encode())
+    _note(f"wrote {checkpoint / models.PLANS_NAME}")
 
 
 def _parity(graph: Graph, source: str, fractional_bits: int) -> Parity:

@@ -29,6 +29,7 @@ HEADER_NAME: Final = "graph.json"
 TENSORS_NAME: Final = "tensors.safetensors"
 MAX_HEADER_BYTES: Final = 8 << 20
 MAX_WIRE_BYTES: Final = 64 << 20
+_MAX_DEPTH: Final = 32
 _MAGIC: Final = b"PIGRAPH1"
 
 
@@ -171,12 +172,27 @@ def _graph(
         fail("has no nodes or no metadata")
     if len(nodes) > validate.MAX_NODES:
         fail(f"more than {validate.MAX_NODES} nodes")
+    if not _shallow(metadata):
+        fail("its metadata are nested too deeply")
     try:
         return Graph(tuple(_node(item) for item in nodes), tensors, metadata)
     except ValueError as error:
         if isinstance(error, PiError):
             raise
         fail(str(error)[:300])
+
+
+def _shallow(value: Any) -> bool:
+    """Whether ``value`` is nested so little that whoever walks it later can."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return not level
 
 
 def _node(item: object) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -12,7 +13,11 @@ from ..errors import PiError
 from .ir import TENSORS, Attribute, Graph, Node
 
 MAX_NODES: Final = 10_000
-MAX_ELEMENTS: Final = 1 << 28
+MAX_ELEMENTS: Final = 1 << 26
+"""Positions of all nodes together, with what padding and the windows of max pools add."""
+MAX_WEIGHTS: Final = 1 << 28
+MAX_WORK: Final = 1 << 40
+"""Multiplications and additions per image; VGG-16 at 224 x 224 has 2^34."""
 _MAX_ATTRIBUTE: Final = 1 << 16
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
@@ -90,11 +95,16 @@ def check(graph: Graph, *, weights: bool, error: type[PiError]) -> None:
     if not 1 <= len(graph.nodes) <= MAX_NODES:
         raise error(f"the graph has {len(graph.nodes)} nodes, allowed are 1 to {MAX_NODES}")
     shapes: dict[str, tuple[int, ...]] = {}
+    elements = weighed = work = 0
     read: set[str] = set()
     expected: dict[str, tuple[int, ...]] = {}
     for index, node in enumerate(graph.nodes):
         try:
             _check_node(node, index, shapes)
+            cost = _cost(node, tuple(shapes[name] for name in node.inputs))
+            elements, weighed, work = elements + cost[0], weighed + cost[1], work + cost[2]
+            if elements > MAX_ELEMENTS or weighed > MAX_WEIGHTS or work > MAX_WORK:
+                raise ValueError("with this node the network is too large")
             for role in TENSORS[node.op]:
                 if weights or role == "mask":
                     inputs = tuple(shapes[name] for name in node.inputs)
@@ -119,6 +129,28 @@ def check(graph: Graph, *, weights: bool, error: type[PiError]) -> None:
             )
         if value.dtype == np.float32 and not np.isfinite(value).all():
             raise error(f"tensor {name!r} holds a value that is not finite")
+
+
+def _cost(node: Node, inputs: tuple[tuple[int, ...], ...]) -> tuple[int, int, int]:
+    """Elements held, weights and operations of a node, before anything is allocated for it."""
+    size = math.prod(node.shape)
+    if node.op == "linear":
+        return size, size * inputs[0][0], size * inputs[0][0]
+    if node.op not in _PAIRS:
+        return size, 0, size * len(inputs)
+    channels, *sides = inputs[0]
+    window = math.prod(node.pair("kernel"))
+    if node.op == "maxpool":
+        return size * (1 + window), 0, size * window
+    padded = channels * math.prod(
+        side + 2 * p for side, p in zip(sides, node.pair("padding"), strict=True)
+    )
+    if node.op == "avgpool":
+        return size + padded, channels * window, size * window
+    groups = node.attrs["groups"]
+    assert isinstance(groups, int)
+    reach = channels // groups * window
+    return size + padded, node.shape[0] * reach, size * reach
 
 
 def _check_node(node: Node, index: int, shapes: Mapping[str, tuple[int, ...]]) -> None:

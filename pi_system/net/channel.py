@@ -24,7 +24,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final
 
@@ -47,7 +47,7 @@ from .framing import (
 from .framing import MAX_FRAME as MAX_FRAME
 from .framing import PeerClosed as PeerClosed
 from .link import Link, Shaped
-from .meter import Meter
+from .meter import Direction, Meter
 from .tls import ROLES, Identity, refused
 
 DEFAULT_TIMEOUT: Final = 8.0
@@ -68,6 +68,7 @@ class Channel:
         timeout: seconds a peer may be silent; ``None`` waits for ever.
         spin: seconds to keep asking for bytes before sleeping until some come; see
             :meth:`spinning`.
+        tap: called with the direction and the payload of every whole frame (see ``net/tap.py``).
 
     With ``link``, an emulated network lies between the two (see :mod:`.link`); both ends say so.
     """
@@ -85,6 +86,7 @@ class Channel:
         self.meter = Meter() if meter is None else meter
         self.timeout = timeout
         self.spin = 0.0
+        self.tap: Callable[[Direction, memoryview], None] | None = None
         self._socket = sock if link is None else Shaped(sock, link)
         self._closed = self._failed = False
         self._buffer = bytearray(BUFFER)
@@ -199,7 +201,7 @@ class Channel:
         if self._closed:
             return
         kind = b"refused" if isinstance(error, RefusedError) else b"failed"
-        text = " ".join(str(error).split()).encode()[: ABORT_LIMIT - 16]
+        text = " ".join(str(error).split()).encode(errors="replace")[: ABORT_LIMIT - 16]
         payload = kind + b" " + text
         message = HEADER.pack(ABORT) + HEADER.pack(len(payload)) + payload
         with contextlib.suppress(OSError):  # the peer will see the connection close anyway
@@ -234,6 +236,8 @@ class Channel:
             raise UsageError(f"a message of {size} bytes is over the limit of {MAX_FRAME}")
         header = HEADER.pack(size)
         self.meter.frame(self.peer, "sent", len(header) + size)
+        if self.tap is not None:
+            self.tap("sent", payload)
         if size <= _SMALL:
             return [memoryview(header + payload)]
         return [memoryview(header), payload]
@@ -244,6 +248,8 @@ class Channel:
 
     def _count(self, incoming: Incoming) -> None:
         self.meter.frame(self.peer, "received", HEADER.size + incoming.size)
+        if self.tap is not None:
+            self.tap("received", incoming.payload)
 
     def _run(self, outgoing: list[memoryview], incoming: Incoming | None = None) -> None:
         """Send all of ``outgoing`` and fill ``incoming``, waiting as long as allowed."""

@@ -102,6 +102,11 @@ class Incoming:
             return None
         return self._into[self._filled : self.size]
 
+    @property
+    def payload(self) -> memoryview:
+        """What has arrived of the payload."""
+        return memoryview(self.data) if self._into is None else self._into[: self._filled]
+
     def advance(self, count: int) -> None:
         self._filled += count
         self.complete = self._filled == self.size

@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal, NamedTuple
 
-Phase = Literal["setup", "offline", "online"]
+Phase = Literal["setup", "offline", "online", "probe"]
+"""A probe measures the link and is no part of the protocol."""
 Direction = Literal["sent", "received"]
 Work = Literal["linear", "gates", "local", "wait"]
 """What a party's time goes into: linear layers, gates, all else it computes, its peer."""
 
-PHASES: Final[tuple[Phase, ...]] = ("setup", "offline", "online")
+PHASES: Final[tuple[Phase, ...]] = ("setup", "offline", "online", "probe")
+LOGGED: Final = 64
+"""Inferences whose frames are logged; later ones count in the totals alone, so that a session
+of any length needs no more memory than a short one."""
 
 
 class Event(NamedTuple):
@@ -62,12 +66,12 @@ class Meter:
         labels = self.labels
         key = (labels.phase, peer, direction)
         self.totals[key] = self.totals.get(key, 0) + size
-        if self._log:
+        if self._log and labels.inference < LOGGED:
             self.events.append(Event(*labels, peer, direction, size))
 
     def spend(self, kind: Work, seconds: float) -> None:
         """Add to the time of one kind of work in the phase and inference in force."""
-        if self._log:
+        if self._log and self.labels.inference < LOGGED:
             key = (self.labels.phase, self.labels.inference, kind)
             self.work[key] = self.work.get(key, 0.0) + seconds
 
@@ -82,7 +86,10 @@ class Meter:
         self.totals[last.phase, last.peer, last.direction] -= last.bytes
         key = (phase, last.peer, last.direction)
         self.totals[key] = self.totals.get(key, 0) + last.bytes
-        self.events[-1] = last._replace(phase=phase, inference=inference)
+        if inference < LOGGED:
+            self.events[-1] = last._replace(phase=phase, inference=inference)
+        else:
+            self.events.pop()
 
     @contextmanager
     def in_phase(self, phase: Phase, inference: int = -1) -> Iterator[None]:
@@ -104,7 +111,7 @@ class Meter:
             yield
         finally:
             self.labels = before
-            if self._log:
+            if self._log and labels.inference < LOGGED:
                 spent = time.perf_counter() - started
                 self.seconds[labels] = self.seconds.get(labels, 0.0) + spent
 

@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import socket
 import ssl
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,8 @@ from ..errors import PeerError, PeerTimeout, RefusedError, UsageError
 ROLES: Final = ("server", "client", "dealer")
 AUTHORITY: Final = "authority.pem"
 ROLE_URI: Final = "urn:pi-system:role:"
+_FAREWELL: Final = 0.5
+"""Seconds a refused peer has to read why."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,19 @@ class Identity:
         context = self._context(protocol)
         sock.settimeout(seconds)
         try:
-            wrapped = context.wrap_socket(sock, server_side=listening)
-        except ssl.SSLCertVerificationError as error:
-            raise RefusedError(f"the {who}'s certificate: {error.verify_message}") from error
-        except TimeoutError as error:
-            raise PeerTimeout(f"the {who} did not finish TLS within {seconds:g} s") from error
-        except ssl.SSLError as error:
-            raise refused(error, who) from error
+            wrapped = context.wrap_socket(
+                sock, server_side=listening, do_handshake_on_connect=False
+            )
         except OSError as error:
             raise PeerError(f"lost the {who}: {error.strerror or error}") from error
         try:
+            wrapped.do_handshake()
             _check_role(wrapped.getpeercert(), roles)
-        except RefusedError:
-            wrapped.close()
+        except OSError as error:
+            _let_hear(wrapped)
+            raise _named(error, who, seconds) from error
+        except BaseException:
+            _let_hear(wrapped)
             raise
         return wrapped
 
@@ -102,6 +105,31 @@ class Identity:
                 f"{self.authority.name}: {reason}"
             ) from error
         return context
+
+
+def _named(error: OSError, who: str, seconds: float) -> PeerError | RefusedError:
+    """The failure of a handshake as one of this package's errors."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return RefusedError(f"the {who}'s certificate: {error.verify_message}")
+    if isinstance(error, TimeoutError):
+        return PeerTimeout(f"the {who} did not finish TLS within {seconds:g} s")
+    if isinstance(error, ssl.SSLError):
+        return refused(error, who)
+    return PeerError(f"lost the {who}: {error.strerror or error}")
+
+
+def _let_hear(wrapped: ssl.SSLSocket) -> None:
+    """Close so that the peer can still read the alert.
+
+    Closing with bytes unread would reset the connection, and with it what was sent last.
+    """
+    with socket.socket(fileno=wrapped.detach()) as raw, contextlib.suppress(OSError):
+        raw.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + _FAREWELL
+        while (left := deadline - time.monotonic()) > 0:
+            raw.settimeout(left)
+            if not raw.recv(1 << 16):
+                break
 
 
 def refused(error: ssl.SSLError, who: str) -> PeerError | RefusedError:

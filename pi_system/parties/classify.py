@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import RefusedError
 from .client import Client, ClientSettings
 from .commands import MAX_LOAD
 from .images import normalise
@@ -29,14 +30,14 @@ class Inference:
         images: positions of its images among those given (a padded batch repeats the last).
         online_seconds: from holding the images to holding the logits.
         offline_seconds: laying the material of this inference on all sides.
-        logits: (len(images), classes).
+        logits: (len(images), classes); lists in :meth:`ClientReport.to_json`.
     """
 
     number: int
     images: tuple[int, ...]
     offline_seconds: float
     online_seconds: float
-    logits: list[list[float]]
+    logits: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ClientReport:
         round_trip_seconds: of a few empty messages.
         megabits: measured bandwidth from client to server, 10^6 bit/s.
         inferences: without warm-ups.
+        facts: of the backend's session.
         meter: see :meth:`Meter.to_json`.
     """
 
@@ -62,11 +64,15 @@ class ClientReport:
     megabits: float
     warmup: int
     inferences: list[Inference]
+    facts: dict[str, Any]
     meter: dict[str, Any]
     peak_memory: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        for inference in data["inferences"]:
+            inference["logits"] = inference["logits"].tolist()
+        return data
 
 
 def classify(
@@ -87,6 +93,7 @@ def classify(
 
     Raises:
         UsageError: the images do not fit the model.
+        RefusedError: the session has no dealer, and the store too little material.
         PiError: the session failed.
     """
     started = time.perf_counter()
@@ -99,6 +106,11 @@ def classify(
         megabits = _bandwidth(client, settings, min(round_trips))
         batches = _batches(len(inputs), settings.batch)
         total = warmup + max(repeat, len(batches))
+        if settings.dealer is None and client.stock < total:
+            raise RefusedError(
+                f"there is one-time material for {client.stock} inferences in the store, not for "
+                f"{total}, and no dealer to make more: prepare some with a dealer first"
+            )
         inferences: list[Inference] = []
         for number in range(total):
             rows = batches[max(0, number - warmup) % len(batches)]
@@ -106,9 +118,10 @@ def classify(
             offline_seconds, _ = _timed(partial(client.offline, 1))
             online_seconds, logits = _timed(partial(client.online, padded))
             if number >= warmup:
-                values = np.asarray(logits, np.float64)[: len(rows)].tolist()
+                values = np.asarray(logits, np.float32)[: len(rows)]
                 inferences.append(Inference(number, rows, offline_seconds, online_seconds, values))
             progress(number + 1, total)
+        facts = client.facts()
     return ClientReport(
         backend=settings.backend_name,
         batch=settings.batch,
@@ -120,6 +133,7 @@ def classify(
         megabits=megabits,
         warmup=warmup,
         inferences=inferences,
+        facts=facts,
         meter=client.meter.to_json(),
         peak_memory=peak_memory(),
     )
@@ -134,6 +148,20 @@ def _bandwidth(client: Client, settings: ClientSettings, round_trip: float) -> f
     client.load(size)
     seconds, _ = _timed(partial(client.load, size))
     return 8e-6 * size / max(seconds - round_trip, 1e-9)
+
+
+def prepare(settings: ClientSettings, count: int) -> int:
+    """Lay in one-time material for ``count`` inferences of later sessions.
+
+    Returns:
+        how many inferences there is material for then.
+
+    Raises:
+        PiError: the session failed; what was laid in before stays.
+    """
+    with Client(settings) as client:
+        client.setup()
+        return client.prepare(count)
 
 
 def _batches(count: int, batch: int) -> list[tuple[int, ...]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import Backend, Options
+from ..backends.base import Backend, Keeping, KeepingSession, Options
 from ..errors import PiError, ProtocolError, UsageError
-from ..net.channel import connect
+from ..net.channel import Channel, connect
 from ..net.link import Link
 from ..net.meter import Meter
 from . import commands, handshake
@@ -27,13 +27,14 @@ class ClientSettings:
     """Whom to ask and how.
 
     Attributes:
+        dealer: ``None`` for a session on material that is in stock on both sides.
         batch: images per inference.
         threads: of this party.
         link: the emulated network on every connection; None for none.
     """
 
     server: Address
-    dealer: Address
+    dealer: Address | None
     backend: Backend
     backend_name: str
     batch: int = 1
@@ -44,6 +45,8 @@ class ClientSettings:
 
 class Client:
     """A session with a server and a dealer: :meth:`setup`, then offline and online in turns.
+
+    With a backend whose store is open, :meth:`prepare` lays in material for later sessions.
 
     Use as a context manager; leaving it in an orderly way closes the session, an exception
     tells the peers why.
@@ -59,15 +62,22 @@ class Client:
         Raises:
             PeerError: somebody cannot be reached, or is silent.
             RefusedError: the parties do not agree on version, backend or session.
+            UsageError: the backend needs a dealer, and none is named.
         """
+        if settings.dealer is None and not isinstance(settings.backend, Keeping):
+            raise UsageError(f"the backend {settings.backend_name!r} needs a dealer")
         self.meter = Meter()
         self._settings = settings
         self._stack = contextlib.ExitStack()
         self._laid = self._used = 0
+        self._channels: dict[str, Channel] = {}
         step = settings.timeouts.step
         try:
-            channels = [
-                self._stack.enter_context(
+            peers = [("server", settings.server)]
+            if settings.dealer is not None:
+                peers.insert(0, ("dealer", settings.dealer))
+            self._channels = {
+                peer: self._stack.enter_context(
                     connect(
                         *address,
                         retry_for=step,
@@ -77,21 +87,25 @@ class Client:
                         link=settings.link,
                     )
                 )
-                for peer, address in (("dealer", settings.dealer), ("server", settings.server))
-            ]
-            self._dealer, self._server = channels
+                for peer, address in peers
+            }
+            self._server, dealer = self._channels["server"], self._channels.get("dealer")
             mine = handshake.Hello(
-                "client", handshake.new_session(), settings.backend_name, settings.batch
+                "client",
+                handshake.new_session(),
+                settings.backend_name,
+                settings.batch,
+                dealer=dealer is not None,
             )
             # The dealer answers once it has both; so the server must be spoken to in between.
-            handshake.say(self._dealer, mine)
+            if dealer is not None:
+                handshake.say(dealer, mine)
             handshake.greet(self._server, mine, role="server")
-            handshake.hear(self._dealer, mine, role="dealer")
+            if dealer is not None:
+                handshake.hear(dealer, mine, role="dealer")
             self.model: PublicModel = receive_public(self._server)
             options = Options(batch=settings.batch, threads=settings.threads)
-            self._session = settings.backend.client(
-                self.model.graph, self._server, self._dealer, options
-            )
+            self._session = settings.backend.client(self.model.graph, self._server, dealer, options)
         except BaseException as error:
             self._end(error)
             raise
@@ -105,14 +119,33 @@ class Client:
 
     def ping(self) -> None:
         """One round trip to the server."""
-        commands.send(self._server, Command("ping"))
-        commands.await_done(self._server)
+        with self.meter.in_phase("probe"):
+            commands.send(self._server, Command("ping"))
+            commands.await_done(self._server)
 
     def load(self, size: int) -> None:
         """Send ``size`` bytes of no meaning and wait until the server has them."""
-        commands.send(self._server, Command("load", size))
-        self._server.send(bytes(size))
-        commands.await_done(self._server)
+        with self.meter.in_phase("probe"):
+            commands.send(self._server, Command("load", size))
+            self._server.send(bytes(size))
+            commands.await_done(self._server)
+
+    @property
+    def stock(self) -> int:
+        """For how many inferences there is material from earlier, after :meth:`setup`."""
+        return self._session.stock if isinstance(self._session, KeepingSession) else 0
+
+    def prepare(self, count: int) -> int:
+        """Lay in one-time material for ``count`` inferences; how many are in stock then."""
+        session = self._session
+        if not isinstance(session, KeepingSession):
+            raise UsageError(f"the backend {self._settings.backend_name!r} keeps no material")
+        self._wait(self._settings.timeouts.prepare)
+        with self.meter.in_phase("offline"):
+            commands.send(self._server, Command("prepare", count))
+            stock = session.prepare(count)
+            commands.await_done(self._server)
+        return stock
 
     def offline(self, count: int) -> None:
         """Lay one-time material for ``count`` inferences; returns when all sides have it."""
@@ -146,6 +179,10 @@ class Client:
             raise ProtocolError(f"the answer has shape {logits.shape}")
         return logits
 
+    def facts(self) -> dict[str, Any]:
+        """What the backend has to say of the session."""
+        return self._session.facts()
+
     def close(self) -> None:
         """End the session in an orderly way."""
         with contextlib.suppress(PiError):
@@ -168,13 +205,13 @@ class Client:
 
     def _end(self, error: BaseException) -> None:
         reason = error if isinstance(error, PiError) else PiError("interrupted")
-        for name in ("_server", "_dealer"):
-            if hasattr(self, name):
-                getattr(self, name).abort(reason)
+        for channel in self._channels.values():
+            channel.abort(reason)
         self._stack.close()
 
     def _wait(self, seconds: float) -> None:
-        self._server.timeout = self._dealer.timeout = seconds
+        for channel in self._channels.values():
+            channel.timeout = seconds
 
 
 def _comma(shape: tuple[int, ...]) -> str:

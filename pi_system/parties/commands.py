@@ -1,8 +1,9 @@
 """What the client tells the server to do next, one short frame each.
 
-``setup``, ``offline N`` (N inferences), ``online I`` (the I-th inference), ``ping``, ``load N``
-(a frame of N meaningless bytes follows) and ``close``. The server answers ``done`` to all but
-online, whose answer is the backend's, and close.
+``setup``, ``prepare N`` (lay in material of N inferences for later), ``offline N`` (have that of
+N inferences at hand), ``online I`` (the I-th inference), ``ping``, ``load N`` (a frame of N
+meaningless bytes follows) and ``close``. The server answers ``done`` to all but online, whose
+answer is the backend's, and close.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Final, Literal, NamedTuple, cast
 from ..errors import ProtocolError
 from ..net.channel import Channel
 
-Verb = Literal["setup", "offline", "online", "ping", "load", "close"]
+Verb = Literal["setup", "prepare", "offline", "online", "ping", "load", "close"]
 
 DONE: Final = b"done"
 MAX_OFFLINE: Final = 1_000_000
 MAX_LOAD: Final = 1 << 26
 _LIMIT: Final = 64
-_NUMBERED: Final = ("offline", "online", "load")
-_COMMAND: Final = re.compile(rb"(setup|ping|close)|(offline|online|load) ([0-9]{1,9})")
+_NUMBERED: Final = ("prepare", "offline", "online", "load")
+_COMMAND: Final = re.compile(rb"(setup|ping|close)|(prepare|offline|online|load) ([0-9]{1,9})")
 
 
 class Command(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, Final
 from ..errors import ProtocolError, RefusedError
 from ..net.channel import Channel
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_BATCH: Final = 1024
 _LIMIT: Final = 4096
 _SESSION: Final = re.compile(r"[0-9a-f]{32}")
@@ -31,6 +31,7 @@ class Hello:
         session: 16 random bytes in hexadecimal, drawn by the client.
         backend: its name.
         batch: images per inference.
+        dealer: whether a dealer takes part; without one, material from a store is used.
         version: of the messages between parties.
     """
 
@@ -38,6 +39,7 @@ class Hello:
     session: str
     backend: str
     batch: int
+    dealer: bool = True
     version: int = VERSION
 
     def answer(self, role: str, backend: str) -> Hello:
@@ -84,7 +86,7 @@ def hear(channel: Channel, mine: Hello, *, role: str) -> None:
         ProtocolError: the answer is not a hello.
     """
     theirs = _parse(channel)
-    for name in ("version", "backend", "session", "batch"):
+    for name in ("version", "backend", "session", "batch", "dealer"):
         _compare(channel, name, getattr(mine, name), getattr(theirs, name))
     _compare(channel, "role", role, theirs.role)
 
@@ -113,6 +115,8 @@ def _parse(channel: Channel) -> Hello:
         raise ProtocolError(f"the {channel.peer} sent a malformed session name")
     if type(hello.batch) is not int or not 1 <= hello.batch <= MAX_BATCH:
         raise RefusedError(f"batch of 1 to {MAX_BATCH} here, {_brief(hello.batch)} asked for")
+    if type(hello.dealer) is not bool:
+        raise ProtocolError(f"the {channel.peer} sent a malformed hello")
     return hello
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -24,13 +25,58 @@ def read_images(file: IO[bytes], *, name: str) -> npt.NDArray[Any]:
     """
     try:
         images: npt.NDArray[Any] = np.lib.format.read_array(_Stream(file), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
+    except models.BAD_NPY as error:
         raise IntegrityError(f"{name} is not a whole .npy file: {error}") from error
     if images.dtype not in (np.float32, np.uint8):
         raise UsageError(
             f"{name} holds {images.dtype}; wanted are normalised float32 or raw uint8 images"
         )
     return images
+
+
+def read_cifar(
+    file: IO[bytes], *, name: str
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Read a file of the binary version of CIFAR-10 or CIFAR-100 (https://www.cs.toronto.edu/
+    ~kriz/cifar.html): records of one label byte (CIFAR-100: a coarse and a fine one) and 3,072
+    of pixels.
+
+    Args:
+        name: what to call the source in messages.
+
+    Returns:
+        pixels (N, 3, 32, 32) and (fine) labels (N,).
+
+    Raises:
+        IntegrityError: it is no whole number of records.
+    """
+    data = np.frombuffer(file.read(), np.uint8)
+    for width in (2, 1):
+        if data.size and data.size % (width + 3072) == 0:
+            records = data.reshape(-1, width + 3072)
+            pixels = np.ascontiguousarray(records[:, width:]).reshape(-1, 3, 32, 32)
+            return pixels, records[:, width - 1].astype(np.int64)
+    raise IntegrityError(f"{name} is not a whole file of CIFAR's binary version")
+
+
+def read_labels(path: Path, count: int) -> npt.NDArray[np.int64]:
+    """Read ``count`` integers from a ``.npy`` file.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else.
+        IntegrityError: corrupt or truncated.
+    """
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, EOFError) as error:
+        raise IntegrityError(f"{path} is not a whole .npy file: {error}") from error
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
+        raise UsageError(f"{path} holds no integers")
+    if labels.shape != (count,):
+        raise UsageError(f"{path} holds labels {labels.shape}; the images are {count}")
+    return labels.astype(np.int64)
 
 
 def write_images(file: IO[bytes], images: npt.NDArray[Any]) -> None:

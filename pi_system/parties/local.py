@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -59,6 +59,8 @@ class LocalRun:
         threads: per party.
         network: see :func:`pi_system.net.link.parse`.
         start_timeout: seconds for the parties to load their packages and the model.
+        plan: the server's precision.
+        progress: told about once a second how many inferences are done, and of how many.
     """
 
     model: str
@@ -72,6 +74,8 @@ class LocalRun:
     warmup: int = 0
     timeouts: Timeouts = field(default_factory=Timeouts)
     start_timeout: float = 120.0
+    plan: str = "default"
+    progress: Callable[[int, int], None] = lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def run_local(run: LocalRun) -> LocalResult:
             "dealer": ["dealer", "--listen", f"fd:{listeners[0].fileno()}", *serving],
             "server": [
                 *("server", "--listen", f"fd:{listeners[1].fileno()}", *serving),
-                *("--model", run.model, "--dealer", dealer_at),
+                *("--model", run.model, "--plan", run.plan, "--dealer", dealer_at),
             ],
             "client": [
                 *("client", "--server", server_at, "--dealer", dealer_at, "--images", "-"),
@@ -144,7 +148,9 @@ def _supervise(
             document = _parse(line)
             if document is None:
                 continue
-            if document.get("ready") is True:
+            if "done" in document:
+                run.progress(document["done"], document["total"])
+            elif document.get("ready") is True:
                 waiting.discard(role)
                 if not waiting:
                     children["client"].give(run.images)

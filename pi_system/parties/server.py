@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ..backends.base import Options
-from ..errors import PiError, ProtocolError
+from ..backends.base import KeepingSession, Options
+from ..errors import PiError, ProtocolError, RefusedError
 from ..graph.ir import Graph
 from ..net.channel import Channel, Listener, PeerClosed, connect
 from ..net.meter import Meter
@@ -26,11 +26,15 @@ class ServerSettings(ServingSettings):
         model: with its weights.
         sha256: the model's hash.
         dealer: where the dealer listens.
+        plan: the precision to serve at, for a backend that has several.
+        keeps: whether the backend has a store, so that sessions without a dealer are possible.
     """
 
     model: Graph
     sha256: str
     dealer: Address
+    plan: str = "default"
+    keeps: bool = False
 
 
 def serve_forever(
@@ -78,26 +82,38 @@ def _session(
     hello = handshake.receive(client, roles=("client",), backend=settings.backend_name)
     client.timeout = timeouts.step
     mine = hello.answer("server", settings.backend_name)
-    dealer = stack.enter_context(
-        connect(
-            *settings.dealer,
-            # Less than the client's patience, so that the client hears the reason.
-            retry_for=0.6 * timeouts.step,
-            timeout=timeouts.step,
-            peer="dealer",
-            meter=meter,
-            link=settings.link,
+    dealer = None
+    if hello.dealer:
+        dealer = stack.enter_context(
+            connect(
+                *settings.dealer,
+                # Less than the client's patience, so that the client hears the reason.
+                retry_for=0.6 * timeouts.step,
+                timeout=timeouts.step,
+                peer="dealer",
+                meter=meter,
+                link=settings.link,
+            )
         )
-    )
-    channels.append(dealer)
-    handshake.greet(dealer, mine, role="dealer")
+        channels.append(dealer)
+        handshake.greet(dealer, mine, role="dealer")
+    elif not settings.keeps:
+        raise RefusedError(
+            "a session without a dealer needs a server that keeps material (--store)"
+        )
     handshake.say(client, mine)
     send_public(client, settings.model, settings.sha256)
-    options = Options(batch=hello.batch, threads=settings.threads, device=settings.device)
+    options = Options(
+        batch=hello.batch,
+        threads=settings.threads,
+        device=settings.device,
+        plan=settings.plan,
+    )
     session = settings.backend.server(settings.model, client, dealer, options)
 
     def wait(seconds: float) -> None:
-        client.timeout = dealer.timeout = seconds
+        for channel in channels:
+            channel.timeout = seconds
 
     ready = False
     laid = used = 0
@@ -107,24 +123,32 @@ def _session(
             verb, number = commands.receive(client)
         except PeerClosed:
             return
-        if (verb == "setup" and ready) or (verb in ("offline", "online") and not ready):
+        if (verb == "setup" and ready) or (verb in ("prepare", "offline", "online") and not ready):
             raise ProtocolError(f"the client asked for {verb} at the wrong time")
         match verb:
             case "close":
                 return
-            case "ping":
-                commands.acknowledge(client)
-            case "load":
-                client.recv(min(number, commands.MAX_LOAD))
-                commands.acknowledge(client)
+            case "ping" | "load":
+                meter.move_last("probe")
+                with meter.in_phase("probe"):
+                    if verb == "load":
+                        client.recv(min(number, commands.MAX_LOAD))
+                    commands.acknowledge(client)
             case "setup":
                 wait(timeouts.prepare)
                 session.setup()
                 commands.acknowledge(client)
                 ready = True
+            case "prepare":
+                _check_count(number)
+                if not isinstance(session, KeepingSession):
+                    raise RefusedError(f"the backend {settings.backend_name!r} keeps no material")
+                wait(timeouts.prepare)
+                with meter.in_phase("offline"):
+                    session.prepare(number)
+                    commands.acknowledge(client)
             case "offline":
-                if not 1 <= number <= commands.MAX_OFFLINE:
-                    raise ProtocolError(f"the client asked for material of {number} inferences")
+                _check_count(number)
                 wait(timeouts.prepare)
                 meter.move_last("offline", laid)
                 with meter.in_phase("offline", laid):
@@ -142,3 +166,8 @@ def _session(
                 meter.move_last("online", number)
                 with meter.in_phase("online", number):
                     session.online()
+
+
+def _check_count(number: int) -> None:
+    if not 1 <= number <= commands.MAX_OFFLINE:
+        raise ProtocolError(f"the client asked for material of {number} inferences")

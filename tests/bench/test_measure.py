@@ -55,6 +55,8 @@ def test_a_result_fits_the_schema_and_its_figures_fit_each_other(
         "relu_layers": 2, "sha256": graph.sha256(),
     }  # fmt: skip
     assert len(online["latency_ms"]["values"]) == 3
+    # What measures the link is no part of the setup.
+    assert data["setup"]["bytes"]["client_to_server"] < 1000
 
     # What the toy protocol sends, counted by hand: a command, the images, 128 bytes each way
     # per ReLU layer, the logits.
@@ -94,6 +96,9 @@ def test_a_result_fits_the_schema_and_its_figures_fit_each_other(
         "max_abs_error": pytest.approx(0, abs=1e-4),
         "correct": correct,
         "plaintext_correct": correct,
+        "retries": 0,
+        "stated_error": None,
+        "beyond_stated": 0,
     }
     assert [row["image"] for row in data["predictions"]] == [0, 1, 2]
     assert data["predictions"][0]["label"] == "class 3"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pi_system.bench import environment, schema
-from pi_system.bench.measure import check_parity
+from pi_system.bench.parity import check_parity
 from pi_system.bench.plaintext import PlaintextTimer
 from pi_system.bench.schema import Accuracy, Latency, Traffic, flatten
 from pi_system.bench.stability import judge
@@ -38,8 +38,7 @@ def test_the_schema_is_valid_and_strict() -> None:
 
 def test_the_records_and_the_json_schema_name_the_same_fields() -> None:
     document = schema.json_schema()
-    names = {field.name for field in dataclasses.fields(schema.Result)}
-    assert set(document["properties"]) == set(document["required"]) == names
+    assert_same_names(document, schema.Result)
     for name, kind in (
         ("model", schema.Model),
         ("network", schema.Network),
@@ -50,16 +49,32 @@ def test_the_records_and_the_json_schema_name_the_same_fields() -> None:
         ("accuracy", schema.Accuracy),
         ("stability", schema.Stability),
     ):
-        fields = {field.name for field in dataclasses.fields(kind)}
-        assert set(document["properties"][name]["properties"]) == fields
+        assert_same_names(document["properties"][name], kind)
     for name, kind in (
         ("latency", schema.Latency),
         ("traffic", schema.Traffic),
         ("online_traffic", schema.OnlineTraffic),
         ("layer", schema.Layer),
     ):
-        fields = {field.name for field in dataclasses.fields(kind)}
-        assert set(document["$defs"][name]["properties"]) == fields
+        assert_same_names(document["$defs"][name], kind)
+
+
+def test_the_records_and_the_schema_of_comparisons_name_the_same_fields() -> None:
+    document = schema.json_schema("compare")
+    jsonschema.Draft202012Validator.check_schema(document)
+    assert_same_names(document, schema.Comparison)
+    for name, kind in (
+        ("contender", schema.Contender),
+        ("round", schema.Round),
+        ("ratio", schema.Ratio),
+        ("spread", schema.Spread),
+    ):
+        assert_same_names(document["$defs"][name], kind)
+
+
+def assert_same_names(document: dict[str, Any], kind: Any) -> None:
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert set(document["properties"]) == set(document["required"]) == names
 
 
 def test_the_environment_names_no_host_user_or_path() -> None:
@@ -81,7 +96,7 @@ STEADY = Latency.of([0.010] * 5)
 
 
 def test_a_steady_run_on_an_idle_machine_is_stable() -> None:
-    verdict = judge(STEADY, STEADY, plaintext_drift=0.02, threads=1, environment=IDLE)
+    verdict = judge({"online": STEADY}, STEADY, plaintext_drift=0.02, threads=1, environment=IDLE)
     assert verdict.stable and verdict.warnings == []
 
 
@@ -90,7 +105,7 @@ def test_a_steady_run_on_an_idle_machine_is_stable() -> None:
     [
         ({"online": Latency.of([0.010, 0.010, 0.010, 0.010, 0.013])}, "online latency spreads"),
         ({"plaintext": Latency.of([0.010, 0.020])}, "plaintext latency spreads over 67%"),
-        ({"online": Latency.of([0.010])}, "only 1 inferences"),
+        ({"online": Latency.of([0.010])}, "only 1 values of online latency"),
         ({"plaintext_drift": 0.3}, "plaintext latency changed by 30%"),
         ({"threads": 5}, "two parties of 5 threads share 8 cores"),
         ({"environment": {**IDLE, "load_average": [5.0]}}, "load average 5.0 on 8 cores"),
@@ -106,20 +121,16 @@ def test_each_reason_for_doubt_is_said(change: dict[str, Any], text: str) -> Non
         **change,
     }
     online, plaintext = values.pop("online"), values.pop("plaintext")
-    verdict = judge(online, plaintext, **values)
+    verdict = judge({"online": online}, plaintext, **values)
     assert not verdict.stable
     (warning,) = verdict.warnings
     assert text in warning
 
 
 def test_parity_is_judged_by_argmax_or_by_logits() -> None:
-    @dataclasses.dataclass
-    class Holder:
-        accuracy: Accuracy
-
-    good: Any = Holder(Accuracy(4, 4, 1.0, 0.01, None, None))
-    near: Any = Holder(Accuracy(4, 4, 0.75, 0.2, None, None))
-    broken: Any = Holder(Accuracy(4, 4, 1.0, float("nan"), None, None))
+    good = Accuracy(4, 4, 1.0, 0.01, None, None)
+    near = Accuracy(4, 4, 0.75, 0.2, None, None)
+    broken = Accuracy(4, 4, 1.0, float("nan"), None, None)
     check_parity(good, trained=True, agreement=1.0, tolerance=0.1)
     check_parity(good, trained=False, agreement=1.0, tolerance=0.1)
     check_parity(near, trained=True, agreement=0.7, tolerance=0.1)
@@ -137,6 +148,8 @@ def test_plaintext_takes_the_faster_format_and_all_its_values(toys: ModuleType) 
     assert len(result.latency_ms.values) == 5
     assert result.memory_format in ("contiguous", "channels_last") and result.threads == 1
     assert timer.drift() >= 0
+    assert [len(block) for block in timer.blocks()] == [3, 2]
+    assert result.latency_ms == Latency.of(s for block in timer.blocks() for s in block)
 
 
 def test_small_helpers() -> None:

@@ -186,7 +186,8 @@ def test_without_crypten_its_backend_says_how_to_get_it() -> None:
     program = (
         "import sys\nsys.modules['crypten'] = None\n"
         "from pi_system.cli import common, party\n"
-        "sys.exit(common.run(party.cli, ['dealer', '--listen', '127.0.0.1:0']))"
+        "sys.exit(common.run(party.cli, ['dealer', '--backend', 'crypten',"
+        " '--listen', '127.0.0.1:0']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

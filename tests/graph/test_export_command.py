@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from pi_system import models
 from pi_system.cli import common
 from pi_system.cli.export import command
+from pi_system.errors import IntegrityError
 from pi_system.graph import execute, serialize
 
 OWN = '''
@@ -162,3 +164,47 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(
     assert common.run(command, [a.replace("OWN", str(own)) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
+
+
+def test_plans_are_calibrated_at_export(tmp_path: Path) -> None:
+    """By default on stand-ins, with a warning; on the samples given where there are any."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "helper.py").write_text("CLASSES = 4")
+    base = ["--from", f"{tmp_path}/own.py:build", "--input", "3x16x16"]
+    result = CliRunner().invoke(command, [*base, "-o", str(tmp_path / "a")])
+    assert result.exit_code == 0, result.output
+    assert "warning: plans calibrated on synthetic images" in result.stderr
+    samples = np.random.default_rng(0).normal(size=(9, 3, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "samples.npy", 3 * samples)
+    result = CliRunner().invoke(
+        command,
+        [*base, "-o", str(tmp_path / "b"), "--calibrate", str(tmp_path / "samples.npy")],
+    )
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    first, second = (serialize.load(tmp_path / name).metadata["fss_plan"] for name in "ab")
+    assert second["calibrated_on"] == "9 images of samples.npy"
+    for level in ("default", "high"):
+        limit = second[level]["input_limit"]
+        assert limit == pytest.approx(2 * 3 * np.abs(samples).max()) != first[level]["input_limit"]
+
+
+def test_plans_of_a_checkpoint_stay_with_its_weights(tmp_path: Path) -> None:
+    source = Path(models.__file__).parent / "demo" / "student"
+    folder = tmp_path / "student"
+    shutil.copytree(source, folder)
+    stored = models.from_checkpoint(folder).metadata["fss_plan"]
+    assert stored == models.resolve("demo").metadata["fss_plan"]
+    assert stored["calibrated_on"] == "512 images of train.bin"
+    result = CliRunner().invoke(
+        command,
+        [str(folder), "--calibrate", "bundled", "--calibrate-images", "2", "--plans-only"],
+    )
+    assert result.exit_code == 0, result.output
+    assert models.from_checkpoint(folder).metadata["fss_plan"]["calibrated_on"] == (
+        "2 bundled images"
+    )
+    path = folder / "plans.json"
+    path.write_text(path.read_text().replace('weights_sha256": "', 'weights_sha256": "0'))
+    with pytest.raises(IntegrityError, match="other weights"):
+        models.from_checkpoint(folder)

@@ -64,8 +64,10 @@ def bench(*arguments: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("relus", [0, 700, None])
-def test_an_unseen_network_runs_privately(tmp_path: Path, relus: int | None) -> None:
+@pytest.mark.parametrize(
+    ("backend", "relus"), [("fss", 0), ("fss", 700), ("fss", None), ("crypten", 700)]
+)
+def test_an_unseen_network_runs_privately(tmp_path: Path, backend: str, relus: int | None) -> None:
     budget = [] if relus is None else ["--relus", str(relus)]
     model, images = tmp_path / "model", tmp_path / "images.npy"
     factory = f"{Path(__file__)}:build"
@@ -76,7 +78,7 @@ def test_an_unseen_network_runs_privately(tmp_path: Path, relus: int | None) -> 
     np.save(images, pixels)
     result = bench(
         "--model", str(model), "--images-file", str(images), "--repeat", "3",
-        "--warmup", "0",
+        "--warmup", "0", "--backend", backend,
     )  # fmt: skip
     assert result["accuracy"]["max_abs_error"] < 0.01
     assert result["accuracy"]["argmax_agreement"] == 1.0
@@ -89,13 +91,21 @@ def test_an_unseen_network_runs_privately(tmp_path: Path, relus: int | None) -> 
         assert [p["private"] for p in result["predictions"]] == [str(e) for e in expected]
 
 
-def test_the_student_pays_for_its_own_relus_only() -> None:
-    student = bench("--model", "demo", "--images", "2", "--repeat", "2", "--warmup", "0")
-    teacher = bench("--model", "demo-teacher", "--images", "1", "--repeat", "1", "--warmup", "0")
+@pytest.mark.parametrize(
+    ("backend", "least", "most"),
+    [
+        ("crypten", 0.07, 0.11),  # the same bytes for every ReLU: 9 % of them, 9 % of the bytes
+        ("fss", 0.07, 0.16),  # a ring of 64 bits, where all ReLUs kept need about half of that
+    ],
+)
+def test_the_student_pays_for_its_own_relus_only(backend: str, least: float, most: float) -> None:
+    once = ("--backend", backend, "--warmup", "0")
+    student = bench("--model", "demo", "--images", "2", "--repeat", "2", *once)
+    teacher = bench("--model", "demo-teacher", "--images", "1", "--repeat", "1", *once)
     assert student["model"]["relu_kept"] <= 12_500
     assert teacher["model"]["relu_kept"] == teacher["model"]["relu_total"] == 139_264
     ratio = student["online"]["relu_bytes"] / teacher["online"]["relu_bytes"]
-    assert 0.07 < ratio < 0.11
+    assert least < ratio < most
     for result in (student, teacher):
         assert result["accuracy"]["argmax_agreement"] == 1.0
         assert result["offline"]["bytes"]["dealer_to_server"] > 0

@@ -6,6 +6,7 @@ import json
 import time
 
 from pi_system.net.meter import (
+    LOGGED,
     Clock,
     Event,
     Labels,
@@ -77,3 +78,18 @@ def test_a_clock_gives_all_its_time_to_some_kind_of_work() -> None:
     linear, wait = meter.work["online", 2, "linear"], meter.work["online", 2, "wait"]
     assert 0.006 <= linear <= spent
     assert 0 <= wait <= spent - linear
+
+
+def test_a_long_session_logs_no_more_than_a_short_one() -> None:
+    meter = Meter()
+    for inference in range(LOGGED + 100):
+        meter.frame("client", "received", 3)  # a command, in no phase yet
+        meter.move_last("online", inference)
+        with meter.in_phase("online", inference), meter.in_layer("relu"):
+            meter.spend("gates", 1.0)
+            meter.frame("client", "sent", 5)
+    assert {event.inference for event in meter.events} == set(range(LOGGED))
+    assert len(meter.events) == 2 * len(meter.work) == len(meter.seconds) == 2 * LOGGED
+    assert meter.total("online", "client", "sent") == 5 * (LOGGED + 100)
+    assert meter.total("online", "client", "received") == 3 * (LOGGED + 100)
+    assert meter.total("setup", "client", "received") == 0

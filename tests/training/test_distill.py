@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pi_system import nn
-from training.distill import attention, pram, stage_sites
+from training.distill import stage_sites
+from training.losses import attention, pram
 
 
 def test_pram_is_zero_for_equal_networks_and_for_scaled_ones() -> None:

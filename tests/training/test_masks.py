@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi_system.errors import UsageError
-from training.masks import distillation, hamming, random_mask, top, top_channels
+from training.losses import distillation
+from training.masks import hamming, random_mask, top, top_channels
 
 
 @settings(deadline=None)

@@ -55,6 +55,8 @@ class CrypTenBackend:
     def server(
         self, graph: Graph, client: Channel, dealer: Channel, options: Options
     ) -> ServerSession:
+        if options.plan != "default":
+            raise UsageError(f"the crypten backend has one precision, and no plan {options.plan!r}")
         return Server(graph, client, dealer, options)
 
     def client(
@@ -182,6 +184,9 @@ class Client(_Party):
 
     def __init__(self, public: Graph, server: Channel, dealer: Channel, options: Options) -> None:
         super().__init__(CLIENT, public, server, dealer, options)
+
+    def facts(self) -> dict[str, Any]:
+        return {}
 
     def online(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Normalised images (N, C, H, W), N up to the session's batch, to logits (N, classes).

@@ -9,8 +9,8 @@ from ...errors import ProtocolError
 from ...net.channel import Channel
 from ...net.framing import PeerClosed
 from ..base import Options
-from . import offline, packing, prg
-from .linear import RingConv
+from . import device, offline, packing, prg
+from .device import Product
 from .masks import Bundle
 from .public import Public, agree, receive_graph
 
@@ -34,8 +34,8 @@ class Dealer:
         except PeerClosed:
             return
 
-    def _receive_weights(self, public: Public) -> dict[str, RingConv]:
-        blinded = {}
+    def _receive_weights(self, public: Public) -> dict[str, Product]:
+        blinded: dict[str, Product] = {}
         for op in public.lowered.convs:
             n = public.plan.convs[op.out].n
             count = 1
@@ -44,10 +44,10 @@ class Dealer:
             words = packing.unpack(self._server.recv(packing.size(count, n)), count, n)
             weight = words.reshape(op.weight_shape)
             source = public.lowered.shapes[op.source]
-            blinded[op.out] = RingConv(op, source, weight, n)
+            blinded[op.out] = device.wide(self._options.device, op, source, weight, n)
         return blinded
 
-    def _serve(self, public: Public, blinded: dict[str, RingConv]) -> None:
+    def _serve(self, public: Public, blinded: dict[str, Product]) -> None:
         """One offline phase."""
         request = self._client.recv_json()
         if not isinstance(request, dict) or not isinstance(request.get("count"), int):

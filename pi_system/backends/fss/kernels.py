@@ -44,7 +44,6 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "fss_pack": (None, [_POINTER, _SIZE, _INT, _POINTER]),
     "fss_unpack": (None, [_POINTER, _SIZE, _SIZE, _INT, _POINTER]),
     "fss_relu_combine": (None, [_POINTER] * 3 + [_SIZE, _INT, _INT, _INT, _POINTER]),
-    "fss_finish": (_INT, [_POINTER, _SIZE, _INT, _INT, ctypes.c_uint64]),
 }
 _AES_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "fss_dpf_evaluate": (None, [_POINTER] * 3 + [_SIZE, _INT] + [_POINTER] * 3),
@@ -188,11 +187,6 @@ class Native:
             _at(opened), _at(signs), _at(values), count, k, lift, server, _at(out)
         )
         return out
-
-    def finish(self, v: Words, n: int, f: int, bound: int) -> bool:
-        """Truncate ``v`` in place; the zone check's finding."""
-        assert v.dtype == np.uint64
-        return bool(self.library.fss_finish(_at(v), v.size, n, f, bound))
 
     def dpf_evaluate(
         self, root: Words, corrections: Words, x: Words, bits: int, tree: bytes, leaf: bytes

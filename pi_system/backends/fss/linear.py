@@ -26,14 +26,25 @@ class RingConv:
         weight: words (O, I/groups, kh, kw).
         n: the ring of the result; input words need only their low ``n`` bits.
         bits: the weights lie in [-2^(bits-1), 2^(bits-1)); ``None`` for arbitrary words.
+        batch: the usual number of inputs, for which the kernels choose their algorithm.
+        threads: how many the kernels may use.
     """
 
     def __init__(
-        self, op: Conv, source: tuple[int, ...], weight: Words, n: int, bits: int | None = None
+        self,
+        op: Conv,
+        source: tuple[int, ...],
+        weight: Words,
+        n: int,
+        bits: int | None = None,
+        *,
+        batch: int = 1,
+        threads: int = 1,
     ) -> None:
         self._op = op
         self._n = n
         self._bits = bits
+        self._threads = threads
         self._native = kernels.native()
         self._kernel: RingConvKernel | None = None
         if self._native is not None:
@@ -45,6 +56,7 @@ class RingConv:
                 dilation=op.dilation,
                 groups=op.groups,
                 n=n,
+                batch=batch,
                 force=(None, self._native.instructions),
             )
         self._weight = None if self._kernel is not None else weight
@@ -57,7 +69,7 @@ class RingConv:
     def __call__(self, x: Words, add: Words | None = None) -> Words:
         """The convolution of (N, I, H, W) plus ``add``, new words (N, O, h, w) in Z/2^n."""
         if self._kernel is not None:
-            return self._kernel(np.ascontiguousarray(x), add)
+            return self._kernel(np.ascontiguousarray(x), add, threads=self._threads)
         assert self._weight is not None
         op = self._op
         weight = self._weight.reshape(op.groups, op.weight_shape[0] // op.groups, -1)
@@ -68,11 +80,15 @@ class RingConv:
         """Convolution plus ``add``, without its ``f`` lowest bits, and the zone check's finding.
 
         The check (see :func:`~pi_system.backends.fss.ring.near_edge`) is off where bound is 0.
+        The result may take the place of ``add``.
         """
+        if self._kernel is not None:
+            out = add if add.flags.writeable and add.flags.c_contiguous else None
+            return self._kernel.truncated(
+                np.ascontiguousarray(x), np.ascontiguousarray(add), out, f=f, bound=bound,
+                threads=self._threads,
+            )  # fmt: skip
         v = self(x, add)
-        if self._native is not None:
-            near = self._native.finish(v, self._n, f, bound)
-            return v, near
         near = bool(bound) and near_edge(v, self._n, bound)
         return shift(v, self._n, f), near
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import program
 from .plan import Plan
-from .prg import Label, Stream
+from .prg import KeyStream, Label, Stream
 from .program import Conv, Input, Program, Relu
 from .ring import Words, shift
 
@@ -32,10 +32,9 @@ class Bundle:
         return Stream(self.seed, *label)
 
 
-def blinding(seed: bytes, model: str, op: Conv) -> Words:
-    """b of one linear operation: uniform words of the weights' shape."""
-    size = int(np.prod(op.weight_shape))
-    return Stream(seed, model, op.out, "b").words(size).reshape(op.weight_shape)
+def blinding(seed: bytes, model: str, op: Conv) -> KeyStream:
+    """b of one linear operation: uniform words, in the order of :mod:`wide`."""
+    return KeyStream.of(seed, model, op.out, "b")
 
 
 @dataclass(frozen=True)

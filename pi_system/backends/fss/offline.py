@@ -12,7 +12,7 @@ import numpy as np
 
 from ...net.channel import Channel
 from . import masks, packing, prg, relu
-from .linear import RingConv
+from .device import Product
 from .masks import Bundle, GateMasks, LinearMasks
 from .material import ClientMaterial, ServerMaterial
 from .prg import Stream
@@ -39,18 +39,21 @@ def receive(
             total = public.batch * op.size
             shape = (public.batch, *op.shape)
             limit = packing.size(total, n)
-            e = packing.unpack(client.recv(limit), total, n).reshape(shape)
-            g = packing.unpack(dealer.recv(limit), total, n).reshape(shape)
+            with client.meter.in_layer("linear"):
+                messages = client.recv(limit), dealer.recv(limit)
+            e, g = (packing.unpack(message, total, n).reshape(shape) for message in messages)
             material.h[op.out] = e + g + bias[op.out]
         elif isinstance(op, Relu):
             width = public.plan.gates[op.out]
             count = public.batch * len(op.kept)
-            material.gates[op.out] = relu.read_server_share(width, count, dealer.recv())
+            with dealer.meter.in_layer("gates"):
+                message = dealer.recv()
+            material.gates[op.out] = relu.read_server_share(width, count, message)
     return material
 
 
 def make(
-    public: Public, b: Mapping[str, RingConv], inference: int, server: Channel, dealer: Channel
+    public: Public, b: Mapping[str, Product], inference: int, server: Channel, dealer: Channel
 ) -> ClientMaterial:
     """The client's part.
 
@@ -65,10 +68,12 @@ def make(
         if isinstance(item, LinearMasks):
             n = public.plan.convs[item.op.out].n
             e = b[item.op.out](item.source, np.uint64(0) - item.t)
-            server.send(packing.pack(e, n))
+            with server.meter.in_layer("linear"):
+                server.send(packing.pack(e, n))
         elif isinstance(item, GateMasks):
             width, size = public.plan.gates[item.op.out], len(item.c)
-            message = dealer.recv(16 * width.blocks * size)
+            with dealer.meter.in_layer("gates"):
+                message = dealer.recv(16 * width.blocks * size)
             corrections = relu.read_corrections(width, size, message)
             stream = bundle.stream(item.op.out, "gate")
             share = relu.client_share(width, size, stream, corrections)
@@ -80,7 +85,7 @@ def make(
 
 def deal(
     public: Public,
-    blinded: Mapping[str, RingConv],
+    blinded: Mapping[str, Product],
     bundle: Bundle,
     server: Channel,
     client: Channel,

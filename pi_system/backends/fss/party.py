@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from ...errors import UsageError
+from pathlib import Path
+
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
+from . import device
 from .client import Client
 from .dealer import Dealer
 from .server import Server
+from .store import Store
 
 
 class FssBackend:
     """One round trip per ReLU layer, and none for linearized positions.
 
-    Every session runs on one thread of the CPU; the options' ``threads`` and ``device`` may ask
-    for nothing else.
+    The server's convolutions run on as many threads of the CPU as the options ask for, all else
+    on one. Server and dealer can compute their linear layers on another device (see
+    :mod:`device`).
     """
 
     name = "fss"
 
-    def server(self, graph: Graph, client: Channel, dealer: Channel, options: Options) -> Server:
-        _check(options)
-        return Server(graph, client, dealer, options)
+    def __init__(self) -> None:
+        self._store: Store | None = None
 
-    def client(self, public: Graph, server: Channel, dealer: Channel, options: Options) -> Client:
+    def open_store(self, directory: Path, role: str, limit: int | None = None) -> None:
+        """Keep material of this party in ``directory``, for all sessions from now on.
+
+        Raises:
+            PiError: see :class:`.store.Store`.
+        """
+        self._store = Store(directory, role, limit=Store.DEFAULT_LIMIT if limit is None else limit)
+
+    def server(
+        self, graph: Graph, client: Channel, dealer: Channel | None, options: Options
+    ) -> Server:
         _check(options)
-        return Client(public, server, dealer, options)
+        return Server(graph, client, dealer, options, self._store)
+
+    def client(
+        self, public: Graph, server: Channel, dealer: Channel | None, options: Options
+    ) -> Client:
+        _check(options)
+        return Client(public, server, dealer, options, self._store)
 
     def dealer(self, server: Channel, client: Channel, options: Options) -> Dealer:
         _check(options)
@@ -37,9 +56,6 @@ def _check(options: Options) -> None:
     """Refuse what would be ignored, and recorded in results as if it had not been.
 
     Raises:
-        UsageError: several threads, or another device than the CPU.
+        UsageError: a device that is not there.
     """
-    if options.threads != 1:
-        raise UsageError(f"the fss backend runs on one thread, not {options.threads}: --threads 1")
-    if options.device != "cpu":
-        raise UsageError(f"the fss backend has no device {options.device!r}: use --device cpu")
+    device.check(options.device)

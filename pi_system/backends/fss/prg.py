@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -36,16 +38,34 @@ def derive(seed: bytes, *label: Label) -> bytes:
     return digest.digest()
 
 
+@dataclass(frozen=True)
+class KeyStream:
+    """A key stream that is kept as its 16-byte key and expanded where it is needed."""
+
+    key: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, seed: bytes, *label: Label) -> Self:
+        return cls(derive(seed, *label))
+
+    def open(self) -> Stream:
+        """Its words from the first one on."""
+        return Stream(self)
+
+
 class Stream:
     """Words of one key stream, in order; each is handed out once."""
 
-    def __init__(self, seed: bytes, *label: Label) -> None:
-        self._cipher = Cipher(AES(derive(seed, *label)), CTR(bytes(16))).encryptor()
+    def __init__(self, source: bytes | KeyStream, *label: Label) -> None:
+        key = source.key if isinstance(source, KeyStream) else derive(source, *label)
+        self._cipher = Cipher(AES(key), CTR(bytes(16))).encryptor()
 
     def words(self, count: int) -> Words:
         """The next ``count`` words, uniform on Z/2^64."""
-        raw = self._cipher.update(bytes(8 * count))
-        return np.frombuffer(raw, "<u8").astype(np.uint64, copy=False)
+        out = np.zeros(count, "<u8")
+        raw = out.view(np.uint8).data
+        self._cipher.update_into(raw, raw)
+        return out.astype(np.uint64, copy=False)
 
     def bits(self, count: int) -> Words:
         """The next ``count`` bits, one per word."""

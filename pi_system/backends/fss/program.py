@@ -206,10 +206,19 @@ class _Lowering:
         self.graph = graph
         self.ops: list[Op] = []
         self.area: dict[str, int] = {}
+        self.shapes = {node.name: node.shape for node in graph}
         self.readers: dict[str, list[Node]] = {node.name: [] for node in graph}
         for node in graph:
             for name in node.inputs:
                 self.readers[name].append(node)
+        self.feeds_linear: dict[str, bool] = {}
+        for node in reversed(graph.nodes):
+            readers = self.readers[node.name]
+            self.feeds_linear[node.name] = bool(readers) and all(
+                reader.op in ("conv", "linear")
+                or (reader.op in ("flatten", "avgpool") and self.feeds_linear[reader.name])
+                for reader in readers
+            )
 
     def run(self) -> list[Op]:
         for node in self.graph:
@@ -296,7 +305,7 @@ class _Lowering:
     def _avgpool(self, node: Node) -> None:
         kernel, stride, padding = (node.pair(key) for key in ("kernel", "stride", "padding"))
         area = kernel[0] * kernel[1]
-        if self._feeds_linear(node):
+        if self.feeds_linear[node.name]:
             self.ops.append(SumPool(node.name, node.inputs, node.shape, kernel, stride, padding))
             self.area[node.name] *= area
         else:
@@ -315,14 +324,6 @@ class _Lowering:
                     area=self.area[node.inputs[0]],
                 )
             )
-
-    def _feeds_linear(self, node: Node) -> bool:
-        readers = self.readers[node.name]
-        return bool(readers) and all(
-            reader.op in ("conv", "linear")
-            or (reader.op in ("flatten", "avgpool") and self._feeds_linear(reader))
-            for reader in readers
-        )
 
     def _maxpool(self, node: Node) -> None:
         source = node.inputs[0]
@@ -365,7 +366,7 @@ class _Lowering:
             self.ops.append(Reshape(node.name, node.inputs, node.shape))
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return self.graph.node(name).shape
+        return self.shapes[name]
 
 
 def _windows(source: tuple[int, ...], out: tuple[int, ...], node: Node) -> list[Index]:

@@ -17,7 +17,8 @@ plain          shapes that fill no vector      n <= 64
 =============  ==============================  =================================================
 
 Weights of any size work; products are fastest while those at the points of the chosen algorithm
-fit 16 bits. No branch and no address depends on the words convolved, only on the weights.
+fit 16 bits. Wider ones are multiplied as words. No branch and no address depends on the words
+convolved, only on the weights.
 """
 
 from __future__ import annotations
@@ -54,14 +55,17 @@ def load(path: Path) -> ctypes.CDLL:
     try:
         prepare, run = library.pi_ringconv_prepare, library.pi_ringconv_run
         algorithm, features = library.pi_ringconv_algorithm, library.pi_ringconv_features
-        free = library.pi_ringconv_free
+        free, held = library.pi_ringconv_free, library.pi_ringconv_bytes
     except AttributeError as error:
         raise OSError(f"{path}: no ring convolution in this library") from error
     address, number = ctypes.c_void_p, ctypes.c_int
     prepare.restype, prepare.argtypes = (
-        address, [address, address, number, number, ctypes.c_char_p],
+        address, [address, address, number, number, ctypes.c_char_p, number],
     )  # fmt: skip
-    run.restype, run.argtypes = number, [address, address, address, address, number]
+    run.restype, run.argtypes = (
+        number, [address, address, address, address, number, number, number, ctypes.c_uint64],
+    )  # fmt: skip
+    held.restype, held.argtypes = ctypes.c_uint64, [address]
     algorithm.restype, algorithm.argtypes = ctypes.c_char_p, [address]
     features.restype, features.argtypes = ctypes.c_char_p, []
     free.restype, free.argtypes = None, [address]
@@ -93,30 +97,59 @@ class RingConvKernel:
     Attributes:
         algorithm: which of ALGORITHMS was chosen.
         output_shape: (O, h, w).
+        nbytes: of the prepared weights.
     """
 
     def __init__(
         self, library: ctypes.CDLL, handle: int, input_shape: tuple[int, int, int],
-        output_shape: tuple[int, int, int],
+        output_shape: tuple[int, int, int], n: int,
     ) -> None:  # fmt: skip
         self._run = library.pi_ringconv_run
         self._handle = handle
         self._input_shape = input_shape
+        self._n = n
         self.output_shape = output_shape
         self.algorithm = str(library.pi_ringconv_algorithm(handle).decode())
+        self.nbytes = int(library.pi_ringconv_bytes(handle))
         weakref.finalize(self, library.pi_ringconv_free, handle)
 
-    def __call__(self, x: Words, add: Words | None = None, out: Words | None = None) -> Words:
+    def __call__(
+        self, x: Words, add: Words | None = None, out: Words | None = None, *, threads: int = 1
+    ) -> Words:
         """The convolution, plus ``add``, exact in the low ``n`` bits; the others are unspecified.
 
         Args:
             x: C-contiguous (N, I, H, W), of which only the low ``n`` bits count.
             add: C-contiguous (N, O, h, w).
             out: where to write the result, C-contiguous (N, O, h, w); may be ``add``, not ``x``.
+            threads: how many may work on it; the result does not depend on it.
 
         Raises:
             ValueError: a wrong type, shape or layout.
         """
+        return self._call(x, add, out, threads, -1, 0)[0]
+
+    def truncated(
+        self, x: Words, add: Words | None = None, out: Words | None = None, *, f: int, bound: int,
+        threads: int = 1,
+    ) -> tuple[Words, bool]:  # fmt: skip
+        """The same without its ``f`` lowest bits, as signed words, and the zone check's finding.
+
+        Args:
+            f: 0 <= f < n.
+            bound: below 2^(n-1); whether any word before the shift lies within it of +-2^(n-1)
+                is the finding (see :func:`~pi_system.backends.fss.ring.near_edge`).
+
+        Raises:
+            ValueError: a wrong type, shape or layout, or ``f`` or ``bound`` out of range.
+        """
+        if not 0 <= f < self._n or not 0 <= 2 * bound < 1 << self._n:
+            raise ValueError(f"no shift by {f} and bound {bound} in a ring of {self._n} bits")
+        return self._call(x, add, out, threads, f, bound)
+
+    def _call(
+        self, x: Words, add: Words | None, out: Words | None, threads: int, f: int, bound: int
+    ) -> tuple[Words, bool]:
         shape = (len(x), *self.output_shape)
         _check("x", x, (len(x), *self._input_shape))
         if add is not None:
@@ -127,12 +160,13 @@ class RingConvKernel:
             _check("out", out, shape)
             if not out.flags.writeable:
                 raise ValueError("out is read-only")
-        if self._run(
+        found = self._run(
             self._handle, x.ctypes.data, None if add is None else add.ctypes.data,
-            out.ctypes.data, len(x),
-        ):  # fmt: skip
+            out.ctypes.data, len(x), threads, f, bound,
+        )  # fmt: skip
+        if found < 0:
             raise MemoryError("no memory for a convolution")
-        return out
+        return out, bool(found)
 
 
 def prepare(
@@ -145,6 +179,7 @@ def prepare(
     groups: int = 1,
     n: int,
     winograd: bool = True,
+    batch: int = 1,
     force: tuple[str | None, str | None] = (None, None),
     kernels: ctypes.CDLL | None = None,
 ) -> RingConvKernel | None:
@@ -152,7 +187,9 @@ def prepare(
 
     Args:
         weight: (O, I/groups, kh, kw), of which the low ``n`` bits count, taken as signed.
-        winograd: whether a fast convolution may be chosen.
+        winograd: whether a fast convolution may be chosen; without one, the prepared weights
+            take what they take in digits or words (2 or 8 bytes each), and no more.
+        batch: the usual number of images, for the choice.
         force: for tests, the algorithm and the instruction set.
         kernels: for tests, another library than the installed extension.
 
@@ -190,11 +227,11 @@ def prepare(
     packed = np.ascontiguousarray(weight)
     handle = kernels.pi_ringconv_prepare(
         packed.ctypes.data, geometry.ctypes.data, n, scheme,
-        None if instructions is None else instructions.encode(),
+        None if instructions is None else instructions.encode(), batch,
     )  # fmt: skip
     if not handle:
         return None
-    return RingConvKernel(kernels, handle, input_shape, (out, h, w))
+    return RingConvKernel(kernels, handle, input_shape, (out, h, w), n)
 
 
 def _check(name: str, array: Words, shape: tuple[int, ...]) -> None:

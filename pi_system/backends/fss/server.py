@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable, Mapping
+
 import numpy as np
 
-from ...errors import ProtocolError, RefusedError
+from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import offline, packing, plan, prg, program, weights
+from . import device, offline, packing, pairing, plan, prg, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
 from .online import Run
 from .packing import Reader
-from .plan import Plan
+from .plan import PLAN_KEY as PLAN_KEY
+from .plan import PRECISIONS, Plan
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
-from .store import Store
+from .store import Claimed, Step, Stock, Store
+from .wide import from_panels, panel_shape
 
-PLAN_KEY = "fss_plan"
+_log = logging.getLogger(__name__)
 
 
 class Server:
     """A server's session; see :class:`pi_system.backends.base.ServerSession`.
 
-    The plan is the one the model was exported with (``graph.metadata["fss_plan"]``) or, for a
-    model without one, calibrated here on synthetic images.
+    The plan is the one the options name of those the model was exported with
+    (``graph.metadata["fss_plan"]``) or, for a model without any, calibrated here on synthetic
+    images.
     """
 
-    def __init__(self, graph: Graph, client: Channel, dealer: Channel, options: Options) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        client: Channel,
+        dealer: Channel | None,
+        options: Options,
+        store: Store | None = None,
+    ) -> None:
         self._graph = graph
         self._client = client
         self._dealer = dealer
         self._options = options
-        self._store: Store[ServerMaterial] = Store()
+        self._store = store
+        self._claimed: Claimed[ServerMaterial] = Claimed()
+        self._paired: Stock[ServerMaterial] | None = None
         self._convs: dict[str, RingConv] = {}
         self._bias: dict[str, Words] = {}
         self._positions: dict[str, Index | None] = {}
@@ -49,38 +65,83 @@ class Server:
         seed = prg.fresh_seed()
         send_plan(self._client, public)
         self._client.send(seed)
-        send_graph(self._dealer, public)
+        if self._dealer is not None:
+            send_graph(self._dealer, public)
         for op in lowered.convs:
             planned = chosen.convs[op.out]
             weight, bias = weights.fixed(graph, op, chosen.f_x, planned.f_w)
+            if self._dealer is not None:
+                b = blinding(seed, public.model, op).open().words(math.prod(panel_shape(op)))
+                blinded = weight - from_panels(op, b)
+                # First, so that the dealer works while this side prepares its own kernel.
+                self._dealer.send(packing.pack(blinded, planned.n))
             bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
             source = lowered.shapes[op.source]
-            self._convs[op.out] = RingConv(op, source, weight, planned.n, bits)
+            where = self._options.device
+            self._convs[op.out] = device.narrow(
+                where, op, source, weight, planned.n, bits,
+                batch=public.batch, threads=self._options.threads,
+            )  # fmt: skip
             self._bias[op.out] = bias.reshape(-1, 1, 1)
-            blinded = weight - blinding(seed, public.model, op)
-            self._dealer.send(packing.pack(blinded, planned.n))
         self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
         agree(self._client.recv_json(), public, "client")
+        self._paired = pairing.meet_client(self._store, public, self._client)
         self._public = public
 
     def _plan(self) -> Plan:
-        stored = self._graph.metadata.get(PLAN_KEY)
-        if stored is not None:
-            return Plan.from_json(stored, program.build(self._graph))
-        return plan.calibrate(self._graph, plan.synthetic_images(self._graph))
+        name = self._options.plan
+        if name not in PRECISIONS:
+            raise UsageError(f"no plan {name!r}: there are {', '.join(PRECISIONS)}")
+        graph = self._graph
+        stored = graph.metadata.get(PLAN_KEY)
+        if stored is None:
+            _log.warning(
+                "%s has no fixed-point plan: calibrated on synthetic images, which natural ones "
+                "may exceed; pi-export --calibrate makes one from samples",
+                graph.metadata.get("name", "the model"),
+            )
+            return plan.calibrate(graph, plan.synthetic_images(graph), PRECISIONS[name])
+        if not isinstance(stored, Mapping) or name not in stored:
+            raise UsageError(f"the model was exported without a {name} plan; export it again")
+        try:
+            return Plan.from_json(stored[name], program.build(graph))
+        except ProtocolError as error:
+            raise IntegrityError(f"the model's {name} plan: {error}") from error
 
     def offline(self, count: int) -> None:
-        public = self._ready()
-        request = self._client.recv_json()
-        if not isinstance(request, dict) or request.get("count") != count:
-            raise ProtocolError("the client asks for another amount of material")
-        first = request.get("first")
-        if not isinstance(first, int):
-            raise ProtocolError("the client names no first inference")
-        for inference in self._store.reserve(first, count):
-            self._store.add(
-                inference, offline.receive(public, self._bias, self._client, self._dealer)
+        step = self._follow(count, claim=True)
+        for inference in step.kept:
+            self._claimed.add(inference, self._stock().load(inference))
+        self._receive(step, self._claimed.add)
+
+    @property
+    def stock(self) -> int:
+        return len(self._stock())
+
+    def prepare(self, count: int) -> int:
+        stock = self._stock()
+        if len(stock) + count > stock.limit:
+            raise RefusedError(
+                f"{count} more items of one-time material than the {len(stock)} in stock are over "
+                f"the server's limit of {stock.limit}"
             )
+        self._receive(self._follow(count, claim=False), stock.add)
+        return len(stock)
+
+    def _follow(self, count: int, *, claim: bool) -> Step:
+        """The client's step, durable here too before it is confirmed."""
+        step = Step.from_json(self._client.recv_json())
+        if step.made and self._dealer is None:
+            raise RefusedError("no one-time material is left, and the session has no dealer")
+        self._stock().follow(step, count, claim=claim)
+        self._client.send(step.link.encode())
+        return step
+
+    def _receive(self, step: Step, add: Callable[[int, ServerMaterial], None]) -> None:
+        public = self._ready()
+        for inference in step.made:
+            assert self._dealer is not None
+            add(inference, offline.receive(public, self._bias, self._client, self._dealer))
 
     def online(self) -> None:
         public = self._ready()
@@ -98,11 +159,16 @@ class Server:
         head = self._client.recv(8 + packing.size(size, public.plan.input_n))
         reader = Reader(head)
         inference = int.from_bytes(reader.raw(8), "little")
-        material = self._store.claim(inference)
+        material = self._claimed.take(inference)
         image = reader.take(size, public.plan.input_n)
         reader.done()
         run = Run(public, self._convs, self._positions, material, self._client)
         return run.run(image.reshape(public.batch, *public.lowered.input.shape))
+
+    def _stock(self) -> Stock[ServerMaterial]:
+        if self._paired is None:
+            raise RefusedError("the session is not set up")
+        return self._paired
 
     def _ready(self) -> Public:
         if self._public is None:

@@ -1,80 +1,464 @@
-"""One-time material: claimed, and so burnt, before the first byte that depends on it.
+"""One-time material: laid in ahead, claimed, and so burnt, before anything depends on it.
 
 Used twice, an item gives the server the difference of two images and the client the difference
-of two activations at every layer, from which a first layer's weights follow. So an item leaves
-the store when it is claimed, ids only increase, and whatever happens afterwards the id is spent.
+of two activations at every layer, from which a first layer's weights follow. So:
+
+**Claim = burn.** A claim first moves the ledger's ``burnt`` up to the claimed id, durably, on the
+client's side and then on the server's; only then is the item read, its file removed, and a byte
+sent that depends on it. It exists in memory alone from there on. All ids up to ``burnt`` are spent
+whatever happens: a process killed at any instruction either did not move ``burnt``, and then
+nothing was sent, or did, and then no later process reads the item. Files are no part of the
+argument: one that a crash left behind has a burnt id and is deleted when the store is opened.
+Claims are made ahead of a query, so that the online phase writes nothing.
+
+**Ids only increase.** ``next`` moves, durably, before material of the ids below it is made, so a
+crash leaves a gap and never a second item of one id.
+
+**One process.** The ledger is locked from opening to closing (:mod:`.ledger`), and within a server
+a later session of a pair ends the claims of an earlier one.
+
+**Copies.** A copy of a directory has other inodes and birth times than its ledger remembers and
+is refused. An older ledger written back over the same file has not; it is found by the peer: every
+change of an entry is a step of a chain of random links that client and server walk together (the
+client first: it notes the new link as pending, the server takes it over, and its confirmation
+is noted with the next step). At the beginning of a session the server's link must be the
+client's or its pending one, and the client's ids must not lie below the server's. A client put back
+by one step or more has a link that the server has left: refused. A server put back by two steps or
+more has a link that the client has left: refused. A server put back by exactly the last step looks
+as if that step had been lost on the way; then, as after a real loss, the client's higher ids hold
+on both sides, which burns what the step burnt. Two copies of a client that take turns are the
+first case. **Not found** is one thing: client and server both put back to one moment, each in a
+way that keeps inodes and birth times (snapshots of whole disks or machines). Do not snapshot or
+back up stores; losing one costs only material.
 """
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+import dataclasses
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-from ...errors import RefusedError
+from ... import files
+from ...errors import IntegrityError, PiError, ProtocolError, RefusedError, UsageError
+from . import ledger as ledgers
+from .ledger import Entry, Ledger, SqliteLedger, new_id
+from .material import Codec
 
 Item = TypeVar("Item")
 
+_SUFFIX: Final = ".item"
 
-class Store(Generic[Item]):
-    """Material of one party in one session, in memory, by inference id."""
+
+class Shelf(Protocol[Item]):
+    """Items of one pair by inference id."""
+
+    def ids(self) -> list[int]:
+        """In increasing order."""
+        ...
+
+    def put(self, inference: int, item: Item) -> None: ...
+    def take(self, inference: int) -> Item:
+        """Remove and return it.
+
+        Raises:
+            RefusedError: it is missing, damaged or not this pair's.
+        """
+        ...
+
+    def drop(self, inferences: Iterable[int]) -> None: ...
+
+
+class MemoryShelf(Generic[Item]):
+    """Items in this process."""
 
     def __init__(self) -> None:
         self._items: dict[int, Item] = {}
-        self._next = 0
-        self._spent = -1
+
+    def ids(self) -> list[int]:
+        return sorted(self._items)
+
+    def put(self, inference: int, item: Item) -> None:
+        self._items[inference] = item
+
+    def take(self, inference: int) -> Item:
+        if inference not in self._items:
+            raise RefusedError(f"the material of inference {inference} is missing")
+        return self._items.pop(inference)
+
+    def drop(self, inferences: Iterable[int]) -> None:
+        for inference in inferences:
+            self._items.pop(inference, None)
+
+
+class DiskShelf(Generic[Item]):
+    """Items as files of a directory, which is made if need be; see :class:`.material.Codec`."""
+
+    def __init__(self, directory: Path, codec: Codec[Item]) -> None:
+        self._directory = directory
+        self._codec = codec
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            for path in directory.iterdir():
+                if path.suffix != _SUFFIX:
+                    path.unlink()  # a file half written when its process was killed
+        except OSError as error:
+            raise PiError(f"cannot use {directory}: {error.strerror}") from error
+
+    def _path(self, inference: int) -> Path:
+        return self._directory / f"{inference:010d}{_SUFFIX}"
+
+    def ids(self) -> list[int]:
+        names = (path.stem for path in self._directory.iterdir() if path.suffix == _SUFFIX)
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+    def put(self, inference: int, item: Item) -> None:
+        path = self._path(inference)
+        try:
+            files.write_atomic(path, self._codec.encode(inference, item), mode=0o600)
+        except OSError as error:
+            raise PiError(f"cannot write {path}: {error.strerror}") from error
+
+    def take(self, inference: int) -> Item:
+        path = self._path(inference)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                data = bytearray(os.fstat(file.fileno()).st_size)
+                if file.readinto(data) != len(data):
+                    raise IntegrityError(f"{path} ended while it was read")
+            path.unlink()
+        except FileNotFoundError as error:
+            raise RefusedError(f"{path}: the material of inference {inference} is gone") from error
+        except OSError as error:
+            raise PiError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            return self._codec.decode(inference, data)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{path}: {error}; it is burnt, the next one can be used"
+            ) from error
+        except RefusedError as error:
+            raise RefusedError(f"{path}: {error}; it is burnt, the next one can be used") from error
+
+    def drop(self, inferences: Iterable[int]) -> None:
+        for inference in inferences:
+            self._path(inference).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of a pair's entry, that the client makes first and the server after it.
+
+    Attributes:
+        kept: ids of items in stock that are claimed.
+        made: new ids, for material that is to be made.
+        claim: whether ``made`` is claimed at once, and so never laid in.
+        link: the entry's next link.
+    """
+
+    kept: tuple[int, ...]
+    made: range
+    claim: bool
+    link: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kept": self.kept,
+            "first": self.made.start,
+            "count": len(self.made),
+            "claim": self.claim,
+            "link": self.link,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Step:
+        """What a client sent.
+
+        Raises:
+            ProtocolError: it is no step.
+        """
+        try:
+            kept, first, count = tuple(data["kept"]), data["first"], data["count"]
+            claim, link = data["claim"], data["link"]
+        except (TypeError, KeyError) as error:
+            raise ProtocolError("the client sent no request for material") from error
+        numbers = (*kept, first, count)
+        if not all(type(number) is int and 0 <= number < 1 << 53 for number in numbers):
+            raise ProtocolError("the client's request holds no inference ids")
+        if type(claim) is not bool or not is_name(link):
+            raise ProtocolError("the client's request has no valid link")
+        return cls(kept, range(first, first + count), claim, link)
+
+
+class Stock(Generic[Item]):
+    """One party's items of one pair, as one session uses them.
+
+    Made by :meth:`Store.stock`. The client plans a step and makes it (:meth:`begin`), the
+    server follows, the client notes that it did (:meth:`confirm`).
+
+    Attributes:
+        limit: items it may hold.
+    """
+
+    def __init__(self, ledger: Ledger, entry: Entry, shelf: Shelf[Item]) -> None:
+        self._ledger = ledger
+        self._stored = entry
+        self._link = entry.link
+        self._shelf = shelf
+        self._revoked = False
+        self.limit = Store.DEFAULT_LIMIT
+        stale = [i for i in shelf.ids() if not entry.burnt < i < entry.next]
+        shelf.drop(stale)
+        self._ids = shelf.ids()
 
     @property
-    def next_id(self) -> int:
-        """The id the next item to be laid in will have."""
-        return self._next
+    def entry(self) -> Entry:
+        """As the ledger holds it."""
+        return self._stored
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Of the items in stock, in increasing order."""
+        return tuple(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def revoke(self) -> None:
+        """Another session has the pair now."""
+        self._revoked = True
+
+    def settle(self, ids: Iterable[int], *, next_id: int, burnt: int, link: str) -> None:
+        """Begin a session: take over the other side's higher ids, keep the items both have."""
+        entry = self._stored
+        higher = dataclasses.replace(
+            entry, next=max(entry.next, next_id), burnt=max(entry.burnt, burnt)
+        )
+        if higher != entry:
+            self._ledger.advance(entry, higher)
+            self._stored = higher
+        self._link = link
+        both = {i for i in ids if i > higher.burnt}.intersection(self._ids)
+        self._shelf.drop(set(self._ids) - both)
+        self._ids = sorted(both)
+
+    def plan(self, count: int, *, claim: bool) -> Step:
+        """The step that claims ``count`` items, made where stock ends, or lays in as many."""
+        kept = tuple(self._ids[:count]) if claim else ()
+        first = self._stored.next
+        return Step(kept, range(first, first + count - len(kept)), claim, new_id())
+
+    def begin(self, step: Step) -> None:
+        """The client's half, durable on return."""
+        self._advance(step, link=self._link, pending=step.link)
+
+    def follow(self, step: Step, count: int, *, claim: bool) -> None:
+        """The server's half, durable on return.
+
+        Raises:
+            RefusedError: the step is not the one that this stock leads to.
+        """
+        mine = dataclasses.replace(self.plan(count, claim=claim), link=step.link)
+        if step != mine:
+            raise RefusedError(
+                f"the client's step does not follow here: it names ids {_brief(step)}, "
+                f"next here are {_brief(mine)}; ids only increase"
+            )
+        self._advance(step, link=step.link, pending=None)
+        self._link = step.link
+
+    def confirm(self, step: Step) -> None:
+        """The server has followed; the ledger will say so with the next step."""
+        self._link = step.link
+
+    def _advance(self, step: Step, *, link: str, pending: str | None) -> None:
+        self._check()
+        entry = self._stored
+        burnt = entry.burnt
+        if step.claim:
+            burnt = max((burnt, *step.kept[-1:], *step.made[-1:]))
+        after = dataclasses.replace(
+            entry, next=max(entry.next, step.made.stop), burnt=burnt, link=link, pending=pending
+        )
+        self._ledger.advance(entry, after)
+        self._stored = after
+        if step.claim:
+            self._ids = [i for i in self._ids if i > burnt]
+
+    def load(self, inference: int) -> Item:
+        """The item of a claimed id; its file is gone on return, whatever the outcome.
+
+        Raises:
+            RefusedError: it is missing, damaged or not this pair's.
+        """
+        assert inference <= self._stored.burnt
+        self._check()
+        return self._shelf.take(inference)
+
+    def add(self, inference: int, item: Item) -> None:
+        """Lay in the material of an id that was given out.
+
+        Raises:
+            RefusedError: the id is burnt, in stock or was not given out.
+            PiError: it cannot be written.
+        """
+        self._check()
+        if not self._stored.burnt < inference < self._stored.next or inference in self._ids:
+            raise RefusedError(f"inference {inference} cannot be filled: burnt, full or unknown")
+        self._shelf.put(inference, item)
+        self._ids = sorted((*self._ids, inference))
+
+    def _check(self) -> None:
+        if self._revoked:
+            raise RefusedError(f"another session has taken over pair {self._stored.pair[:8]}")
+
+
+class Claimed(Generic[Item]):
+    """Items that are burnt and not used yet, in memory; each is handed out once, in order."""
+
+    def __init__(self) -> None:
+        self._items: dict[int, Item] = {}
+        self._used = -1
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def reserve(self, first: int, count: int) -> range:
-        """Take ``count`` new ids, given out once whether or not material is ever made for them.
-
-        Raises:
-            RefusedError: ``first`` was given out already, so a peer's count is behind this one's.
-        """
-        if first < self._next or count < 0:
-            raise RefusedError(
-                f"inference ids from {first} were asked for, but ids below {self._next} are taken"
-            )
-        self._next = first + count
-        return range(first, first + count)
+    @property
+    def used(self) -> int:
+        """The highest id handed out, -1 for none."""
+        return self._used
 
     def add(self, inference: int, item: Item) -> None:
-        """Lay in the material of a reserved id that is neither filled nor spent."""
-        if not self._spent < inference < self._next or inference in self._items:
-            raise RefusedError(f"inference {inference} cannot be filled: spent, full or unknown")
+        if inference <= self._used or inference in self._items:
+            raise RefusedError(f"inference {inference} is spent; it cannot be filled again")
         self._items[inference] = item
 
-    def claim_next(self) -> tuple[int, Item]:
-        """Burn the lowest id in stock and return its material.
+    def take_next(self) -> tuple[int, Item]:
+        """The item with the lowest id.
 
         Raises:
-            RefusedError: the stock is empty.
+            RefusedError: there is none.
         """
         if not self._items:
             raise RefusedError("no one-time material is left; run the offline phase first")
         inference = min(self._items)
-        return inference, self.claim(inference)
+        return inference, self.take(inference)
 
-    def claim(self, inference: int) -> Item:
-        """Burn ``inference`` and every id below it; return the material of ``inference``.
+    def take(self, inference: int) -> Item:
+        """The item of ``inference``; those with lower ids are given up.
 
         Raises:
-            RefusedError: the id was spent before, or no material was made for it.
+            RefusedError: the id was used before, or was not claimed.
         """
-        if inference <= self._spent:
+        if inference <= self._used:
             raise RefusedError(
-                f"inference {inference} is spent (ids up to {self._spent} are); "
+                f"inference {inference} is spent (ids up to {self._used} are); "
                 "one-time material is never used twice"
             )
         if inference not in self._items:
             raise RefusedError(f"there is no one-time material for inference {inference}")
-        self._spent = inference
+        self._used = inference
         item = self._items.pop(inference)
         for skipped in [key for key in self._items if key < inference]:
             del self._items[skipped]
         return item
+
+
+class Store:
+    """One party's material of all its pairs.
+
+    Attributes:
+        DEFAULT_LIMIT: items kept for one pair, if nothing else is said.
+
+    Args:
+        directory: made if need be, 0700; ``None`` for material that ends with the process.
+        role: "client" or "server".
+        limit: items kept for one pair.
+
+    Raises:
+        RefusedError: the directory is in use, open to others, a copy, or of the other role.
+        UsageError: the directory holds other things.
+        PiError: it cannot be written.
+    """
+
+    DEFAULT_LIMIT: Final = 256
+
+    def __init__(self, directory: Path | None, role: str, *, limit: int = DEFAULT_LIMIT) -> None:
+        self.directory = None if directory is None else directory.absolute()
+        self.limit = limit
+        if self.directory is not None:
+            _prepare(self.directory)
+        self.ledger: Ledger = SqliteLedger(self.directory, role)
+        if self.directory is not None:
+            _sweep(self.directory, self.ledger.pairs())
+        self._shelves: dict[str, MemoryShelf[Any]] = {}
+        self._open: dict[str, Stock[Any]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def id(self) -> str:
+        """The store's own random name."""
+        return self.ledger.id
+
+    def stock(self, entry: Entry, codec: Codec[Item]) -> Stock[Item]:
+        """The stock of a pair in the ledger, for a new session of that pair.
+
+        A session that had it before (of a client that has gone, say) can take nothing more.
+        """
+        with self._lock:
+            older = self._open.pop(entry.pair, None)
+            if older is not None:
+                older.revoke()
+            shelf: Shelf[Item]
+            if self.directory is None:
+                shelf = self._shelves.setdefault(entry.pair, MemoryShelf())
+            else:
+                shelf = DiskShelf(self.directory / entry.pair, codec)
+            stock = self._open[entry.pair] = Stock(self.ledger, entry, shelf)
+            return stock
+
+    def close(self) -> None:
+        """Give up the lock; claimed items that were not used are lost."""
+        self.ledger.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _prepare(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = set(os.listdir(directory))
+        if ledgers.FILE not in found:
+            if found - {"lost+found"}:
+                raise UsageError(f"{directory} is neither empty nor a store of material")
+            directory.chmod(0o700)
+        if stat.S_IMODE(directory.stat().st_mode) & 0o077:
+            raise RefusedError(f"{directory} is open to other users; chmod 700 it, or begin anew")
+    except OSError as error:
+        raise PiError(f"cannot use {directory} as a store: {error.strerror}") from error
+
+
+def _sweep(directory: Path, pairs: set[str]) -> None:
+    """Remove the material of pairs that the ledger does not know."""
+    for path in directory.iterdir():
+        if is_name(path.name) and path.name not in pairs:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_name(value: object) -> bool:
+    """Whether a peer's word is something that :func:`.ledger.new_id` can make."""
+    return isinstance(value, str) and len(value) == 32 and not set(value) - set("0123456789abcdef")
+
+
+def _brief(step: Step) -> str:
+    ids = [*step.kept[:3], *step.made[:3]]
+    return ", ".join(map(str, ids)) + (" ..." if len(step.kept) + len(step.made) > len(ids) else "")

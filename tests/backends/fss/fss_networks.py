@@ -15,8 +15,11 @@ from pi_system.backends.fss.client import Client
 from pi_system.backends.fss.dealer import Dealer
 from pi_system.backends.fss.plan import Plan, Precision, calibrate
 from pi_system.backends.fss.server import PLAN_KEY, Server
+from pi_system.backends.fss.store import Store
+from pi_system.errors import PiError, RefusedError
 from pi_system.graph.ir import Attribute, Graph, Node
-from pi_system.net.channel import MAX_FRAME, Channel, channel_pair
+from pi_system.net.channel import channel_pair
+from pi_system.net.tap import Tape
 
 Floats = npt.NDArray[np.float32]
 
@@ -164,7 +167,7 @@ def images(graph: Graph, count: int, seed: int = 1) -> Floats:
 def planned(graph: Graph, precision: Precision | None = None) -> tuple[Graph, Plan]:
     """The graph with a plan from 16 other images of the same distribution."""
     plan = calibrate(graph, images(graph, 16, seed=2), precision or Precision())
-    metadata = {**graph.metadata, PLAN_KEY: plan.to_json()}
+    metadata = {**graph.metadata, PLAN_KEY: {"default": plan.to_json()}}
     return Graph(graph.nodes, graph.tensors, metadata), plan
 
 
@@ -172,37 +175,68 @@ def planned(graph: Graph, precision: Precision | None = None) -> tuple[Graph, Pl
 class Sessions:
     """A server, a client and a dealer in three threads.
 
-    ``log`` collects every frame that reaches the dealer, by peer.
+    ``tapes`` hold each one's frames. ``stores`` are the client's and the server's; without
+    ``dealer`` there is none.
     """
 
     graph: Graph
     options: Options = field(default_factory=Options)
-    log: list[tuple[str, bytes]] | None = None
+    tapes: dict[str, Tape] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
+    stores: tuple[Store | None, Store | None] = (None, None)
+    dealer_takes_part: bool = True
 
     def __post_init__(self) -> None:
         self.at_server, self.at_client = channel_pair(names=("server", "client"))
         self.server_dealer, self.dealer_server = channel_pair(names=("server", "dealer"))
         self.client_dealer, self.dealer_client = channel_pair(names=("client", "dealer"))
-        if self.log is not None:
-            for channel in (self.dealer_server, self.dealer_client):
-                _record(channel, self.log)
-        self.server = Server(self.graph, self.at_server, self.server_dealer, self.options)
-        self.client = Client(self.graph.public(), self.at_client, self.client_dealer, self.options)
+        for role, channels in (
+            ("server", (self.at_server, self.server_dealer)),
+            ("client", (self.at_client, self.client_dealer)),
+            ("dealer", (self.dealer_server, self.dealer_client)),
+        ):
+            self.tapes[role] = Tape()
+            self.tapes[role].attach(*channels)
+        kept, held = self.stores
+        with_dealer = self.dealer_takes_part
+        self.server = Server(
+            self.graph, self.at_server, self.server_dealer if with_dealer else None,
+            self.options, held,
+        )  # fmt: skip
+        self.client = Client(
+            self.graph.public(), self.at_client, self.client_dealer if with_dealer else None,
+            self.options, kept,
+        )  # fmt: skip
         self.dealer = Dealer(self.dealer_server, self.dealer_client, self.options)
         self._dealing = self._start(self.dealer.run)
-        self.together(self.client.setup, self.server.setup)
+        try:
+            self.together(self.client.setup, self.server.setup)
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self, count: int) -> int:
+        stock: int = self.together(
+            lambda: self.client.prepare(count), lambda: self.server.prepare(count)
+        )
+        return stock
 
     def together(self, client: Callable[[], Any], server: Callable[[], Any]) -> Any:
         """Run both; the client's result. An error of the server is raised too."""
         before = len(self.errors)
         thread = self._start(server)
         try:
-            return client()
-        finally:
+            result = client()
+        except BaseException as error:
+            self.at_client.abort(error if isinstance(error, PiError) else PiError("a bug"))
             thread.join(10)
-            if self.errors[before:]:
-                raise self.errors[-1]
+            if isinstance(error, RefusedError) or not self.errors[before:]:
+                raise
+            raise self.errors[before] from error
+        thread.join(10)
+        if self.errors[before:]:
+            raise self.errors[before]
+        return result
 
     def offline(self, count: int) -> None:
         self.together(lambda: self.client.offline(count), lambda: self.server.offline(count))
@@ -233,18 +267,9 @@ class Sessions:
                 work()
             except BaseException as error:
                 self.errors.append(error)
+                if work != self.dealer.run and isinstance(error, PiError):
+                    self.at_server.abort(error)
 
         thread = threading.Thread(target=guarded, daemon=True)
         thread.start()
         return thread
-
-
-def _record(channel: Channel, log: list[tuple[str, bytes]]) -> None:
-    receive = channel.recv
-
-    def recording(limit: int = MAX_FRAME) -> bytes:
-        data = receive(limit)
-        log.append((channel.peer, data))
-        return data
-
-    channel.recv = recording  # type: ignore[method-assign]

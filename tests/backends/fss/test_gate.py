@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi_system.backends.fss import dpf, packing, relu
+from pi_system.backends.fss.packing import Bytes
 from pi_system.backends.fss.prg import Stream, fresh_seed
 from pi_system.backends.fss.relu import Width
 from pi_system.backends.fss.ring import Words, reduce, signed
@@ -82,13 +83,21 @@ def run_gate(width: Width, s: Words, c: Words, fresh: Words) -> tuple[Words, lis
         width, count, Stream(shared, "gate"),
         relu.read_corrections(width, count, corrections.tobytes()),
     )  # fmt: skip
-    gates, z = slice(0, count), np.empty_like(s)
+    z, *messages = between(at_server, at_client, delta, s, fresh)
+    return reduce(z + fresh, width.n), [len(m) for m in messages]
+
+
+def between(
+    at_server: relu.Share, at_client: relu.Share, delta: Words, s: Words, fresh: Words
+) -> tuple[Words, Bytes, Bytes, Bytes, Bytes]:
+    """What the server has at the end, and the messages: X, bits down, bits up, masked results."""
+    gates, z = slice(0, len(s)), np.empty_like(s)
     opened = relu.opening(at_server, gates, delta, s, None)
     down = relu.sign_bits(at_server, gates, opened)
     up = relu.sign_bits(at_client, gates, opened)
     masked = relu.answer(at_client, gates, opened, up, down, fresh)
     relu.closing(at_server, gates, opened, down, up, masked, z, None)
-    return reduce(z + fresh, width.n), [len(m) for m in (opened, down, up, masked)]
+    return z, opened, down, up, masked
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,38 @@ def test_gate_on_the_whole_ring(k: int, n: int) -> None:
     result, sizes = run_gate(width, x.view(np.uint64) - c, c, fresh)
     assert (result == reduce(np.maximum(x, 0).view(np.uint64), n)).all()
     assert sizes == [packing.size(len(x), bits) for bits in (k, 1, 1, n)]
+
+
+class Drawn:
+    """A dealer's stream whose first words are these: r in the low bits, rho on top."""
+
+    def __init__(self, words: Words) -> None:
+        self._words: Words | None = words
+        self._rest = Stream(fresh_seed(), "rest")
+
+    def words(self, count: int) -> Words:
+        made, self._words = self._words, None
+        return self._rest.words(count) if made is None else made
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 13, 64])
+def test_gate_for_every_value_and_every_mask(k: int, n: int) -> None:
+    """All x, all r and both rho, so that no case is left to chance."""
+    side = np.arange(1 << k, dtype=np.uint64)
+    x, r, rho = (a.reshape(-1) for a in np.meshgrid(side, side, np.arange(2, dtype=np.uint64)))
+    count, width, shared = x.size, Width(k, n), fresh_seed()
+    c, fresh = random_words(count), random_words(count)
+    drawn = Drawn(rho << np.uint64(63) | (random_words(count) & ~np.uint64(1 << 63)) >> np.uint64(k)
+                  << np.uint64(k) | r)  # fmt: skip
+    corrections, message = relu.deal(width, c, Stream(shared, "gate"), drawn)  # type: ignore[arg-type]
+    delta, at_server = relu.read_server_share(width, count, message)
+    assert (delta == reduce(c + r, k)).all()
+    at_client = relu.client_share(width, count, Stream(shared, "gate"), corrections)
+    z, opened, *_ = between(at_server, at_client, delta, x - c, fresh)
+    assert (packing.unpack(opened.data, count, k) == reduce(x + r, k)).all()
+    expected = np.maximum(signed(x, k), 0).view(np.uint64)
+    assert (reduce(z + fresh, n) == reduce(expected, n)).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -55,7 +55,7 @@ def test_without_native_everything_is_numpy() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("width", range(1, 64))
+@pytest.mark.parametrize("width", range(65))
 def test_packing(width: int, level: str) -> None:
     values = words(np.random.default_rng(width), 131)
     with kernels.using("numpy"):
@@ -63,6 +63,33 @@ def test_packing(width: int, level: str) -> None:
     with kernels.using(level):
         assert packing.pack(values, width) == expected
         assert (packing.unpack(expected, 131, width) == ring.reduce(values, width)).all()
+
+
+@needs_native
+@pytest.mark.parametrize("bits", range(1, 62))
+def test_comparison_keys_at_every_width(bits: int, level: str) -> None:
+    """At alpha, beside it and at both ends, against the definition, and bit for bit as NumPy."""
+    top = (1 << bits) - 1
+    rng = np.random.default_rng(bits)
+    alphas = {0, 1, top, top >> 1, *rng.integers(0, top, 2, np.uint64, endpoint=True).tolist()}
+    pairs = [
+        (alpha, x)
+        for alpha in sorted(alphas)
+        if alpha <= top
+        for x in (alpha - 1, alpha, alpha + 1, 0, top)
+        if 0 <= x <= top
+    ]
+    alpha, x = (np.array(column, np.uint64) for column in zip(*pairs, strict=True))
+    root, delta = words(rng, len(x), 2), words(rng, len(x), 2)
+    results = []
+    for variant in ("numpy", level):
+        with kernels.using(variant):
+            corrections, other = dpf.generate(alpha, bits, root, delta)
+            shares = [dpf.evaluate(key, corrections, x, bits) for key in (root, other)]
+        assert (shares[0] ^ shares[1] == (alpha <= x)).all()
+        results.append((corrections, other, *shares))
+    for expected, found in zip(*results, strict=True):
+        assert (expected == found).all()
 
 
 @needs_native
@@ -167,11 +194,12 @@ def test_truncation_and_zone_check(n: int, seed: int, data: st.DataObject) -> No
     add = np.zeros((1, *op.shape), np.uint64)
     weight = np.ones(op.weight_shape, np.uint64)
     with kernels.using("numpy"):
-        expected, near = RingConv(op, source, weight, n, 2).truncated(x, add, f, bound)
+        expected, near = RingConv(op, source, weight, n, 2).truncated(x, add.copy(), f, bound)
         assert near == (bool(bound) and ring.near_edge(x, n, bound))
     for level in LEVELS:
         with kernels.using(level):
-            value, found = RingConv(op, source, weight, n, 2).truncated(x, add, f, bound)
+            conv = RingConv(op, source, weight, n, 2)
+            value, found = conv.truncated(x, add.copy(), f, bound)
         assert (value == expected).all() and found == near
 
 

@@ -14,9 +14,12 @@ from pi_system.net.channel import channel_pair
 @pytest.mark.parametrize("role", ["server", "client", "dealer"])
 @pytest.mark.parametrize(
     ("options", "text"),
-    [(Options(threads=2), "one thread, not 2"), (Options(device="cuda"), "no device 'cuda'")],
+    [
+        (Options(device="tpu"), "no device 'tpu'"),
+        (Options(device="mps"), "no device 'mps'"),
+    ],
 )
-def test_threads_and_devices_are_refused(role: str, options: Options, text: str) -> None:
+def test_devices_are_refused(role: str, options: Options, text: str) -> None:
     backend, graph = FssBackend(), Graph((Node("x", "input", (), (1,)),), {})
     first, second = channel_pair()
     with first, second, pytest.raises(UsageError, match=text):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi_system.backends.fss import linear, packing, ring
+from pi_system.backends.fss import kernels, linear, packing, ring
 from pi_system.backends.fss.linear import RingConv
 from pi_system.backends.fss.program import Conv
 from pi_system.backends.fss.ring import Words
@@ -56,10 +56,12 @@ def test_near_edge(values: list[int], n: int, data: st.DataObject) -> None:
 @given(st.integers(0, 64), st.lists(WORD, max_size=150))
 def test_packing_is_the_bits_in_order(width: int, values: list[int]) -> None:
     number = sum((value % 2**width) << (i * width) for i, value in enumerate(values))
-    data = packing.pack(words(values), width)
-    assert data == number.to_bytes(packing.size(len(values), width), "little")
-    back = packing.unpack(data, len(values), width)
-    assert back.tolist() == [value % 2**width for value in values]
+    for level in ("numpy", "portable", "auto"):
+        with kernels.using(level):
+            data = packing.pack(words(values), width)
+            assert data == number.to_bytes(packing.size(len(values), width), "little")
+            back = packing.unpack(data, len(values), width)
+        assert back.tolist() == [value % 2**width for value in values]
 
 
 def test_unpacking_refuses_what_packing_cannot_make() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
+import signal
 import subprocess
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +35,11 @@ many = settings(
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The source as it stands, or else the installed extension."""
     compiler = shutil.which("cc") or shutil.which("gcc")
-    source = ROOT / "native" / "ringconv.c"
-    if compiler is not None and source.exists():
+    sources = sorted((ROOT / "native").glob("ringconv*.c"))
+    if compiler is not None and sources:
         target = tmp_path_factory.mktemp("native") / "ringconv.so"
-        flags = ["-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, "-o", target, source], check=True)
+        flags = ["-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler, *flags, "-o", target, *sources], check=True)
         return ringconv.load(target)
     found = ringconv.library()
     if found is None:
@@ -301,6 +304,103 @@ def test_impossible_convolutions_are_refused(
         ringconv.prepare(**{**good, **change}, kernels=kernels)  # type: ignore[arg-type]
 
 
+@many
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.sampled_from([2, 17, *RINGS]),
+    data=st.data(),
+    images=st.integers(1, 2),
+    inner=st.integers(1, 9),
+    outer=st.sampled_from([1, 5, 16, 19]),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    stride=st.sampled_from([(1, 1), (2, 2)]),
+    bits=st.sampled_from([2, 11, 64]),
+    add=st.booleans(),
+)
+def test_truncation_and_zone_check(
+    kernels: ctypes.CDLL, n: int, data: st.DataObject, **shape: object
+) -> None:
+    """In the same pass, with each instruction set and algorithm, and any number of threads."""
+    made = case(n=n, **shape)  # type: ignore[arg-type]
+    f = data.draw(st.integers(0, n - 1))
+    v = made.expected() & np.uint64(2**n - 1)
+    edge = np.uint64(2 ** (n - 1))
+    distance = int(np.where(v >= edge, v - edge, edge - v).min())
+    bound = data.draw(st.sampled_from([0, distance, distance + 1, 2 ** (n - 1) - 1]))
+    bound = min(bound, 2 ** (n - 1) - 1)
+    near = bool((((v - edge + np.uint64(bound)) & np.uint64(2**n - 1)) < 2 * bound).any())
+    truncated = (v << np.uint64(64 - n)).view(np.int64) >> np.int64(64 - n + f)
+    for instructions in INSTRUCTION_SETS:
+        for algorithm in ALGORITHMS:
+            kernel = made.prepare(kernels, algorithm, instructions)
+            if kernel is None:
+                continue
+            for threads in (1, 3):
+                found = kernel.truncated(made.x, made.add, f=f, bound=bound, threads=threads)
+                assert (found[0].view(np.int64) == truncated).all(), (instructions, algorithm)
+                assert found[1] == near, (instructions, algorithm)
+
+
+def test_truncation_out_of_range_is_refused(kernels: ctypes.CDLL) -> None:
+    made = case(0, n=20)
+    kernel = made.prepare(kernels)
+    assert kernel is not None
+    for f, bound in ((-1, 0), (20, 0), (3, -1), (3, 2**19)):
+        with pytest.raises(ValueError, match="no shift by"):
+            kernel.truncated(made.x, f=f, bound=bound)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 64, 1000])
+def test_threads_change_nothing(kernels: ctypes.CDLL, threads: int) -> None:
+    """Bit for bit, also above the ring; more threads than there is work for among them."""
+    for shape in (
+        {"inner": 32, "outer": 40, "size": (33, 17), "images": 2},
+        {"inner": 32, "outer": 32, "size": (18, 19), "stride": (2, 2)},
+        {"inner": 1, "outer": 1, "groups": 7, "size": (5, 5)},
+        {"inner": 40, "outer": 10, "size": (1, 1), "kernel": (1, 1), "padding": (0, 0)},
+    ):
+        made = case(11, n=58, **shape)  # type: ignore[arg-type]
+        for algorithm in ALGORITHMS:
+            kernel = made.prepare(kernels, algorithm)
+            if kernel is not None:
+                alone = kernel(made.x, made.add)
+                assert (kernel(made.x, made.add, threads=threads) == alone).all()
+
+
+def test_threads_after_a_fork(kernels: ctypes.CDLL) -> None:
+    made = case(12, n=58, inner=16, outer=32, size=(16, 16))
+    kernel = made.prepare(kernels)
+    assert kernel is not None
+    same(kernel(made.x, made.add, threads=2), made.expected(), 58)
+    child = os.fork()
+    if not child:
+        fine = False
+        try:
+            same(kernel(made.x, made.add, threads=2), made.expected(), 58)
+            fine = True
+        finally:
+            os._exit(0 if fine else 1)
+    for _ in range(1000):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert status == 0
+
+
+def test_prepared_size(kernels: ctypes.CDLL) -> None:
+    """Without fast convolutions: 2 bytes for narrow weights, 8 for wide ones, and a little."""
+    for bits, size in ((12, 2), (64, 8)):
+        made = case(13, n=64, inner=64, outer=64, size=(8, 8), bits=bits)
+        kernel = made.prepare(kernels, winograd=False)
+        assert kernel is not None
+        assert size * made.weight.size <= kernel.nbytes <= 1.05 * size * made.weight.size
+
+
 def test_threads_share_a_kernel(kernels: ctypes.CDLL) -> None:
     made = case(7, n=62, inner=16, outer=32, size=(16, 16))
     kernel = made.prepare(kernels, "winograd-f4")
@@ -310,7 +410,7 @@ def test_threads_share_a_kernel(kernels: ctypes.CDLL) -> None:
     def work() -> None:
         for _ in range(30):
             try:
-                same(kernel(made.x, made.add), expected, 62)
+                same(kernel(made.x, made.add, threads=2), expected, 62)
             except AssertionError as error:
                 failures.append(error)
 

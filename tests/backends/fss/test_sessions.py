@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,25 @@ from fss_networks import Builder, Floats, Sessions, images, planned, random_grap
 from pi_system.backends import base
 from pi_system.backends.base import Options
 from pi_system.backends.fss import batch as batches
-from pi_system.backends.fss import client, masks, packing, program, server
-from pi_system.backends.fss.plan import HIGH, Precision
+from pi_system.backends.fss import (
+    client,
+    kernels,
+    masks,
+    packing,
+    pairing,
+    prg,
+    program,
+    server,
+    store,
+)
+from pi_system.backends.fss.plan import HIGH, Precision, calibrated
 from pi_system.backends.fss.server import PLAN_KEY
 from pi_system.bench.rounds import round_trips
-from pi_system.errors import PiError, ProtocolError, RefusedError, UsageError
+from pi_system.errors import IntegrityError, PiError, ProtocolError, RefusedError, UsageError
 from pi_system.graph import serialize
 from pi_system.graph.execute import run
 from pi_system.graph.ir import Graph
+from pi_system.net.channel import channel_pair
 
 SPARE = 3
 ROUNDINGS = 24
@@ -46,21 +59,92 @@ def test_random_graphs(seed: int) -> None:
         close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
-def test_residual_network_in_high_precision(keep: float) -> None:
+@pytest.mark.parametrize("seed", [2, 7, 19])
+def test_every_kernel_gives_the_same_session(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same seeds, byte for byte the same frames and the same logits."""
+    graph, _ = planned(random_graph(seed))
+    x = images(graph, 2)
+    for module in (store, pairing):
+        monkeypatch.setattr(module, "new_id", lambda: "0" * 32)
+    results = []
+    for level in ("numpy", "portable", "avx2", "vaes", "auto"):
+        drawn: Counter[str] = Counter()
+
+        def seeded(drawn: Counter[str] = drawn) -> bytes:
+            who = sys._getframe(1).f_code.co_name  # one function of each party draws
+            drawn[who] += 1
+            return hashlib.sha256(f"{who} {drawn[who]}".encode()).digest()[:16]
+
+        monkeypatch.setattr(prg, "fresh_seed", seeded)
+        with kernels.using(level):
+            with Sessions(graph, Options(batch=2)) as sessions:
+                sessions.offline(1)
+                logits = sessions.online(x)
+            frames = [
+                (role, peer, sessions.tapes[role].received(peer))
+                for role in sessions.tapes
+                for peer in sessions.tapes
+            ]
+        results.append((logits.tobytes(), frames))
+    assert len(drawn) == 3
+    assert all(result == results[0] for result in results[1:])
+
+
+@pytest.mark.parametrize(("keep", "threads"), [(0.0, 1), (0.5, 1), (0.5, 3), (1.0, 2)])
+def test_residual_network_in_high_precision(keep: float, threads: int) -> None:
     graph, plan = planned(residual(keep=keep), HIGH)
     x = images(graph, 2)
-    with Sessions(graph, Options(batch=2)) as sessions:
+    with Sessions(graph, Options(batch=2, threads=threads)) as sessions:
         sessions.offline(SPARE)
         close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
 
 
-def test_a_model_without_a_plan_is_calibrated_by_the_server() -> None:
+def test_a_model_without_a_plan_is_calibrated_by_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     graph = residual()
     x = np.random.default_rng(0).uniform(-2, 2, (1, *graph.input.shape)).astype(np.float32)
     with Sessions(graph) as sessions:
         sessions.offline(SPARE)
         assert np.abs(sessions.online(x) - run(graph, x)).max() < 0.1
+    assert "no fixed-point plan" in caplog.text
+
+
+def test_the_server_chooses_among_the_stored_plans() -> None:
+    graph = residual()
+    stored, failures = calibrated(graph, images(graph, 16, seed=2), "noise")
+    assert not failures and set(stored) == {"calibrated_on", "default", "high"}
+    graph = dataclasses.replace(graph, metadata={**graph.metadata, PLAN_KEY: stored})
+    x = images(graph, 1)
+    errors = {}
+    for name, f_x in (("default", 9), ("high", 12)):
+        with Sessions(graph, Options(plan=name)) as sessions:
+            sessions.offline(SPARE)
+            errors[name] = np.abs(sessions.online(x) - run(graph, x)).max()
+            facts = sessions.client.facts()
+        assert facts["f_x"] == f_x and facts["retries"] == 0
+        assert errors[name] <= facts["error"] == stored[name]["error"]
+    assert errors["high"] < errors["default"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "name", "error"),
+    [
+        ({"default": {}}, "high", UsageError),
+        ([], "default", UsageError),
+        ({"default": {"f_x": 9}}, "default", IntegrityError),
+        (None, "low", UsageError),
+    ],
+)
+def test_a_plan_the_model_lacks_is_refused(
+    stored: object, name: str, error: type[Exception]
+) -> None:
+    graph = residual()
+    if stored is not None:
+        graph = dataclasses.replace(graph, metadata={**graph.metadata, PLAN_KEY: stored})
+    a, b = channel_pair(names=("server", "client"))
+    with a, b, pytest.raises(error, match="plan"):
+        server.Server(graph, a, a, Options(plan=name)).setup()
 
 
 def test_the_registry_knows_the_backend() -> None:
@@ -116,6 +200,40 @@ def test_a_batch_of_gates_in_many_parts_is_one_round_trip(monkeypatch: pytest.Mo
     assert round_trips(logs) == lowered.round_trips
 
 
+def test_offline_bytes_are_those_of_the_protocol() -> None:
+    """Section 3's table, by what they are for: gates and linear layers, and a seed."""
+    graph, plan = planned(residual(keep=0.5))
+    batch = 2
+    with Sessions(graph, Options(batch=batch)) as sessions:
+        meters = sessions.at_client.meter, sessions.at_server.meter
+        sessions.client_dealer.meter, sessions.server_dealer.meter = meters
+        with meters[0].in_phase("offline"), meters[1].in_phase("offline"):
+            sessions.offline(1)
+        client, server = ([e for e in meter.events if e.phase == "offline"] for meter in meters)
+
+    def total(log: list[Any], mark: str, peer: str, direction: str) -> int:
+        return sum(
+            e.bytes for e in log if (e.layer, e.peer, e.direction) == (mark, peer, direction)
+        )
+
+    lowered = program.build(graph)
+    shares = sum(4 + packing.size(batch * op.size, plan.convs[op.out].n) for op in lowered.convs)
+    corrections = server_side = 0
+    for op in lowered.relus:
+        width, count = plan.gates[op.out], batch * len(op.kept)
+        corrections += 4 + 16 * width.blocks * count
+        bits = (width.k, 1, *[width.n] * 3, *[max(width.n - width.k, 0)] * 2)
+        server_side += 4 + 16 * (width.blocks + 1) * count
+        server_side += sum(packing.size(count, size) for size in bits)
+    assert total(client, "linear", "server", "sent") == shares
+    assert total(server, "linear", "client", "received") == shares
+    assert total(server, "linear", "dealer", "received") == shares
+    assert total(client, "gates", "dealer", "received") == corrections
+    assert total(server, "gates", "dealer", "received") == server_side
+    assert total(client, "", "dealer", "sent") < 200  # the request and a seed
+    assert {e.layer for e in client + server} == {"", "gates", "linear"}
+
+
 def test_rings_shrink_where_every_position_is_kept() -> None:
     _, full = planned(residual(keep=1.0))
     _, partial = planned(residual(keep=0.5))
@@ -131,13 +249,12 @@ def test_material_is_burnt_before_use() -> None:
     x = images(graph, 1)
     with Sessions(graph) as sessions:
         sessions.offline(SPARE)
-        first = sessions.client._store
         sessions.online(x)
-        with pytest.raises(RefusedError, match="spent"):
-            first.claim(0)
-        with pytest.raises(RefusedError, match="spent"):
-            sessions.server._store.claim(0)
-        sessions.client._store.claim(2)
+        for party in (sessions.client, sessions.server):
+            assert party._stock().entry.burnt == SPARE - 1
+            with pytest.raises(RefusedError, match="spent"):
+                party._claimed.take(0)
+        sessions.client._claimed.take(2)
         with pytest.raises(RefusedError, match="no one-time material is left"):
             sessions.client.online(x)
 
@@ -159,7 +276,7 @@ def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
         sessions.offline(SPARE)
 
         def half() -> None:
-            inference, _ = sessions.client._store.claim_next()
+            inference, _ = sessions.client._claimed.take_next()
             size = packing.size(graph.input.shape[0] * 64, plan.input_n)
             sessions.at_client.send(inference.to_bytes(8, "little") + bytes(size))
             sessions.at_client.recv()
@@ -167,35 +284,34 @@ def test_an_aborted_inference_burns_its_id_on_both_sides() -> None:
 
         with pytest.raises(ProtocolError):
             sessions.together(half, sessions.server.online)
-        for store in (sessions.client._store, sessions.server._store):
+        for party in (sessions.client, sessions.server):
             with pytest.raises(RefusedError, match="spent"):
-                store.claim(0)
+                party._claimed.take(0)
 
 
 def test_what_reaches_the_dealer() -> None:
     """Architecture, masks, plan, W' (uniform, fresh per setup) and seeds of masks; no more."""
     graph, plan = planned(residual())
-    seen: list[list[tuple[str, bytes]]] = []
+    seen = []
     for _ in range(2):
-        log: list[tuple[str, bytes]] = []
-        with Sessions(graph, log=log) as sessions:
+        with Sessions(graph) as sessions:
             sessions.offline(SPARE)
-            before = len(log)
+            tape = sessions.tapes["dealer"]
+            before = len(tape.frames)
             sessions.online(images(graph, 1))
-            assert len(log) == before
-        seen.append(log)
+            assert len(tape.frames) == before
+        seen.append(tape)
     lowered = program.build(graph)
     ops = lowered.convs
     head = 2  # graph, plan
-    for log in seen:
-        from_server = [data for peer, data in log if peer == "server"]
-        from_client = [data for peer, data in log if peer == "client"]
+    for tape in seen:
+        from_server, from_client = tape.received("server"), tape.received("client")
         assert len(from_server) == head + len(ops)
         assert from_server[0] == serialize.to_bytes(graph.public())
         assert set(json.loads(from_server[1])) == {"plan", "model"}
         assert [len(data) for data in from_client[1:]] == [8 + 16] * SPARE
         assert len({data[8:] for data in from_client[1:]}) == SPARE
-    first, second = ([data for peer, data in log if peer == "server"][2:] for log in seen)
+    first, second = (tape.received("server")[head:] for tape in seen)
     for op, a, b in zip(ops, first, second, strict=True):
         count, n = int(np.prod(op.weight_shape)), plan.convs[op.out].n
         x, y = (packing.unpack(data, count, n) for data in (a, b))
@@ -235,8 +351,9 @@ def test_no_wrap_is_silent_and_retries_are_as_rare_as_derived(
         sessions.offline(runs)
         for _ in range(runs):
             assert np.abs(sessions.online(x) - reference).max() < ROUNDINGS * 2.0**-plan.f_x
-        assert not len(sessions.client._store) and not len(sessions.server._store)
-        used = sessions.client._store._spent + 1
+        assert not len(sessions.client._claimed) and not len(sessions.server._claimed)
+        used = sessions.client._claimed.used + 1
+        assert sessions.client.facts()["retries"] == used - runs
     rate = 1 - runs / used
     limit = plan.retry_rate
     assert used - runs > 0
@@ -254,7 +371,7 @@ def test_without_the_zone_check_the_same_ring_fails() -> None:
         layer.pop("bound", None)
     for conv in open_plan["convs"].values():
         conv["bound"] = 0
-    graph = Graph(graph.nodes, graph.tensors, {**graph.metadata, PLAN_KEY: open_plan})
+    graph = Graph(graph.nodes, graph.tensors, {**graph.metadata, PLAN_KEY: {"default": open_plan}})
     x = images(graph, 1)
     reference = run(graph, x)
     with Sessions(graph) as sessions:
@@ -275,7 +392,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
         ):
             with pytest.raises(UsageError):
                 sessions.client.online(wrong)
-        assert len(sessions.client._store) == 1
+        assert len(sessions.client._claimed) == 1
 
 
 def test_streams_never_repeat() -> None:

@@ -1,0 +1,85 @@
+"""A comparison for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from .schema import Comparison, Contender, Latency, Ratio
+from .table import print_work, size
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """All contenders beside plaintext, their ratios, who could not run and why."""
+    model, rounds = comparison.model, len(comparison.rounds)
+    table = Table(
+        title=(
+            f"{model.name}: {model.relu_kept:,} of {model.relu_total:,} ReLUs, "
+            f"{comparison.network.name}, {comparison.threads_per_party} thread(s) per party, "
+            f"batch {comparison.batch_size}, {rounds} rounds"
+        )
+    )
+    for column in (
+        "contender", "ReLUs", "online ms (min)", "x plain", "online", "trips", "offline ms",
+        "offline", "setup",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    plaintext = comparison.plaintext.latency_ms
+    table.add_row("plaintext", f"{model.relu_kept:,}", _times(plaintext), "1", *[""] * 5)
+    over = {(ratio.contender, ratio.over): ratio for ratio in comparison.ratios}
+    for one in comparison.contenders:
+        if one.online is not None:
+            _add_row(table, one, over[one.name, "plaintext"])
+    console.print(table)
+    for ratio in comparison.ratios:
+        console.print(_sentence(ratio, rounds), markup=False)
+    for one in comparison.contenders:
+        if one.online is not None:
+            print_work(console, one.online.work_ms, prefix=f"{one.name}, ")
+        if one.accuracy is not None:
+            agreed = round(one.accuracy.argmax_agreement * one.accuracy.answers)
+            console.print(
+                f"{one.name}: {agreed} of {one.accuracy.answers} answers as in plaintext, "
+                f"largest logit error {one.accuracy.max_abs_error:.2g}.",
+                markup=False,
+            )
+        if one.not_run is not None:
+            console.print(f"{one.name} not run: {one.not_run}", markup=False)
+    for warning in comparison.stability.warnings:
+        console.print(f"[yellow]unstable:[/yellow] {warning}")
+
+
+def _add_row(table: Table, one: Contender, ratio: Ratio) -> None:
+    assert one.online and one.offline and one.setup
+    table.add_row(
+        one.name,
+        f"{one.model.relu_kept:,}",
+        _times(one.online.latency_ms),
+        f"{ratio.online_latency.median:.3g}",
+        size(one.online.bytes.total),
+        f"{one.online.round_trips:g}",
+        f"{one.offline.latency_ms.median:,.1f}",
+        size(one.offline.bytes.total),
+        f"{one.setup.seconds:.2f} s",
+    )
+
+
+def _sentence(ratio: Ratio, rounds: int) -> str:
+    latency = ratio.online_latency
+    text = (
+        f"{ratio.contender} / {ratio.over}: {latency.median:.3g} x online latency "
+        f"({latency.min:.3g} to {latency.max:.3g} in {rounds} rounds)"
+    )
+    for factor, what in (
+        (ratio.online_bytes, "online bytes"),
+        (ratio.round_trips, "round trips"),
+        (ratio.offline_latency and ratio.offline_latency.median, "offline latency"),
+        (ratio.offline_bytes, "offline bytes"),
+    ):
+        if factor is not None:
+            text += f", {factor:.3g} x {what}"
+    return text + "."
+
+
+def _times(latency: Latency) -> str:
+    return f"{latency.median:,.1f} ({latency.min:,.1f})"

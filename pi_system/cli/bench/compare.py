@@ -1,0 +1,98 @@
+"""``pi-bench compare``: several backends beside plaintext."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import common
+from . import options
+
+
+@click.command()
+@options.model
+@click.option(
+    "--contender", "contenders", multiple=True, metavar="NAME",
+    help="A backend, or one with -all behind (crypten-all): on the version of the model that "
+    "keeps every ReLU. Again for more. [default: fss, crypten, crypten-all]",
+)  # fmt: skip
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True,
+    help="Every contender runs once in each, with new processes.",
+)  # fmt: skip
+@click.option(
+    "--repeat", type=click.IntRange(1), default=4, show_default=True,
+    help="Inferences of each contender in a round.",
+)  # fmt: skip
+@click.option(
+    "--warmup", type=click.IntRange(0), default=1, show_default=True,
+    help="Inferences before these, in each round, that are not counted.",
+)  # fmt: skip
+@options.batch
+@options.threads
+@options.device
+@options.network
+@options.timeout
+@options.agreement
+@options.tolerance
+@common.output_options
+def compare(
+    model: str,
+    contenders: tuple[str, ...],
+    rounds: int,
+    repeat: int,
+    warmup: int,
+    batch: int,
+    threads: int,
+    device: str,
+    network: str,
+    timeout: float,
+    agreement: float,
+    tolerance: float | None,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Measure several backends beside plaintext, in turns, so that their ratios hold.
+
+    Ratios are taken in each round and given as median, least and largest. What cannot run is
+    listed with the reason. Exit code 4 when private answers are not plaintext's.
+
+    \b
+    Examples:
+      pi-bench compare --model demo
+      pi-bench compare --model random:resnet18@49600 --format json --output compare.json
+    """
+    common.check_output(output)
+    from ...bench.compare import DEFAULT as ALL
+    from ...bench.compare import Plan, check_answers
+    from ...bench.compare import compare as run_comparison
+    from ...bench.comparison_table import print_comparison
+    from ...bench.schema import flatten
+    from ...parties.timeouts import Timeouts
+    from ..progress import Progress
+
+    plan = Plan(
+        model=model,
+        contenders=contenders or ALL,
+        rounds=rounds,
+        repeat=repeat,
+        warmup=warmup,
+        batch=batch,
+        threads=threads,
+        device=device,
+        network=network,
+        timeouts=Timeouts(step=timeout),
+    )
+    with Progress() as progress:
+        comparison = run_comparison(plan, progress=progress)
+    value = comparison.to_json()
+    common.emit(
+        value,
+        format_=format_,
+        output=output,
+        table=lambda console: print_comparison(console, comparison),
+        rows=lambda: [flatten(contender) for contender in value["contenders"]],
+    )
+    options.warn(comparison.stability.warnings, format_, output)
+    check_answers(comparison, agreement=agreement, tolerance=tolerance)

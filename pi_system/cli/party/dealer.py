@@ -1,0 +1,56 @@
+"""``pi-party dealer``: hand out correlated randomness."""
+
+from __future__ import annotations
+
+import click
+
+from . import options
+
+
+@click.command()
+@click.option(
+    "--listen", required=True, metavar="HOST:PORT", help="Where both connect; port 0: any free."
+)
+@options.serving
+@options.party
+def dealer(
+    listen: str,
+    once: bool,
+    stats: str | None,
+    backend: str,
+    device: str,
+    threads: int,
+    timeout: float,
+    prepare_timeout: float,
+    network: str,
+    exit_with_parent: bool,
+) -> None:
+    """Hand out correlated randomness to pairs of a server and a client.
+
+    Prints one JSON line with host and port when ready. Links are not encrypted yet.
+
+    \b
+    Example:
+      pi-party dealer --listen 127.0.0.1:7001
+    """
+    options.prepare(threads, exit_with_parent)
+    with options.listener(listen) as listener:
+        from ...backends import base
+        from ...net.link import parse
+        from ...parties import dealer as party
+        from ...parties.serving import ServingSettings
+
+        settings = ServingSettings(
+            backend=base.get(backend),
+            backend_name=backend,
+            device=device,
+            threads=threads,
+            timeouts=options.timeouts(timeout, prepare_timeout),
+            link=parse(network),
+            log_frames=stats is not None,
+        )
+        serving = party.Dealer(listener, settings)
+        options.ready(listener)
+        if not once:
+            serving.serve_forever(options.log)
+        options.write_stats(stats, "dealer", serving.serve_once().to_json())

@@ -1,0 +1,152 @@
+"""Options and manners that the commands of ``pi-party`` share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ...backends import DEFAULT
+
+if TYPE_CHECKING:
+    from ...net.channel import Listener
+    from ...parties.timeouts import Timeouts
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def party(function: F) -> F:
+    """What every party takes."""
+    for option in (
+        click.option(
+            "--exit-with-parent",
+            is_flag=True,
+            help="End when standard input closes (used by launchers).",
+        ),
+        click.option(
+            "--prepare-timeout",
+            type=click.FloatRange(min=0.1),
+            default=120.0,
+            show_default=True,
+            help="The same for setup and offline, where a peer may compute for long.",
+        ),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0.1),
+            default=8.0,
+            show_default=True,
+            help="Seconds a peer may be silent in the handshake and the online phase.",
+        ),
+        click.option(
+            "--network",
+            default="loopback",
+            show_default=True,
+            metavar="NAME",
+            help="Emulate lan, wan or RTT:MBPS[:LOSS] (ms, Mbit/s, fraction); the same on all "
+            "three sides.",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Threads."
+        ),
+        click.option(
+            "--backend",
+            default=DEFAULT,
+            show_default=True,
+            help="Backend; the same on all three sides.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def store(function: F) -> F:
+    """``--store``, of the parties that keep material."""
+    return click.option(
+        "--store",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Keep one-time material here, for later sessions; never copy or restore it.",
+    )(function)
+
+
+def serving(function: F) -> F:
+    """What the listening roles take."""
+    for option in (
+        click.option(
+            "--stats",
+            metavar="FILE",
+            help="With --once: write what was sent and received as JSON ('-' for stdout).",
+        ),
+        click.option("--once", is_flag=True, help="End after one session, with its exit code."),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Torch device of the linear layers."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def prepare(threads: int, exit_with_parent: bool) -> None:
+    """Before numpy and torch are imported: threads, and the watch on the launcher."""
+    import os
+
+    from ...parties.process import thread_environment
+
+    os.environ.update(thread_environment(threads))
+    if exit_with_parent:
+        watch_parent()
+
+
+def watch_parent() -> None:
+    """End this process when its standard input closes."""
+    from ...parties.process import exit_with_parent
+
+    exit_with_parent()
+
+
+def timeouts(step: float, prepare: float) -> Timeouts:
+    """The patience asked for."""
+    from ...parties.timeouts import Timeouts
+
+    return Timeouts(step=step, prepare=prepare)
+
+
+def listener(text: str) -> Listener:
+    """Listen on HOST:PORT, or on a launcher's socket (``fd:N``)."""
+    from ...net.channel import Listener
+    from ...parties.address import parse_address
+
+    if text.startswith("fd:") and text[3:].isdigit():
+        return Listener.adopt(int(text[3:]))
+    return Listener(*parse_address(text))
+
+
+def ready(listener: Listener) -> None:
+    """Tell a launcher, or a person, where this party listens."""
+    print(json.dumps({"ready": True, "host": listener.host, "port": listener.port}), flush=True)
+
+
+def log(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def write_stats(stats: str | None, role: str, meter: dict[str, Any]) -> None:
+    """What was sent and received, where ``--stats`` says."""
+    from ...errors import UsageError
+    from ...parties.process import peak_memory
+
+    if stats is None:
+        return
+    text = json.dumps({"role": role, "meter": meter, "peak_memory": peak_memory()}) + "\n"
+    if stats == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(stats).write_text(text)
+    except OSError as error:
+        raise UsageError(f"cannot write {stats}: {error.strerror}") from error

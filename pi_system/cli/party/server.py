@@ -1,0 +1,84 @@
+"""``pi-party server``: own the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import common
+from . import options
+
+
+@click.command()
+@click.option("--model", required=True, help="demo, demo-teacher, random:ARCH@RELUS or a path.")
+@click.option(
+    "--listen", required=True, metavar="HOST:PORT", help="Where clients connect; port 0: any free."
+)
+@click.option("--dealer", required=True, metavar="HOST:PORT", help="Where the dealer listens.")
+@common.plan_option
+@options.store
+@click.option(
+    "--store-limit", type=click.IntRange(1), metavar="N",
+    help="With --store: inferences whose material one client may keep here (256).",
+)  # fmt: skip
+@options.serving
+@options.party
+def server(
+    model: str,
+    listen: str,
+    dealer: str,
+    plan: str,
+    store: Path | None,
+    store_limit: int | None,
+    once: bool,
+    stats: str | None,
+    backend: str,
+    device: str,
+    threads: int,
+    timeout: float,
+    prepare_timeout: float,
+    network: str,
+    exit_with_parent: bool,
+) -> None:
+    """Own the model and serve clients, one session after another.
+
+    Prints one JSON line with host and port when ready. Links are not encrypted yet.
+
+    \b
+    Example:
+      pi-party server --model demo --listen 127.0.0.1:7000 --dealer 127.0.0.1:7001
+    """
+    options.prepare(threads, exit_with_parent)
+    from ...net.link import parse
+    from ...parties.address import parse_address
+
+    dealer_at = parse_address(dealer)
+    with options.listener(listen) as listener:
+        from ...backends import base
+        from ...models import resolve
+        from ...parties import server as party
+
+        implementation = base.get(backend)
+        if store is not None:
+            base.open_store(implementation, store, "server", store_limit)
+        graph = resolve(model)
+        settings = party.ServerSettings(
+            model=graph,
+            sha256=graph.sha256(),
+            dealer=dealer_at,
+            plan=plan,
+            keeps=store is not None,
+            backend=implementation,
+            backend_name=backend,
+            device=device,
+            threads=threads,
+            timeouts=options.timeouts(timeout, prepare_timeout),
+            link=parse(network),
+            log_frames=stats is not None,
+        )
+        options.ready(listener)
+        if not once:
+            party.serve_forever(listener, settings, options.log)
+        meter = party.serve_once(listener, settings)
+        options.write_stats(stats, "server", meter.to_json())

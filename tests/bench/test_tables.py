@@ -1,0 +1,81 @@
+"""The Markdown tables, from result files."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pi_system.bench.sheet import Sheet
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+RESULT = json.loads((BENCHMARKS / "results" / "run-resnet18-49600-fss.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARKS / "tables.py"))
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def growing(relus: int, sent: int, milliseconds: float, batch: int = 1) -> dict[str, Any]:
+    latency = {"median": milliseconds, "min": milliseconds, "max": milliseconds}
+    work = {"server": {"linear": 10.0, "gates": 2.5, "wait": 1.0}, "client": {}}
+    return {
+        **RESULT,
+        "batch_size": batch,
+        "model": {**RESULT["model"], "relu_kept": relus, "sha256": f"{relus:064x}"},
+        "online": {
+            **RESULT["online"],
+            "latency_ms": {**latency, "values": [milliseconds] * 20},
+            "bytes": {"client_to_server": sent, "server_to_client": 1000},
+            "work_ms": work,
+        },
+    }
+
+
+def test_runs_are_a_row_each_from_files_of_one_or_of_many(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    many = tmp_path / "many.json"
+    many.write_text(json.dumps([RESULT, RESULT]))
+    text = tables["main"](["runs", str(BENCHMARKS / "results" / "run-demo-fss.json"), str(many)])
+    head, rule, *rows = text.splitlines()
+    assert len(rows) == 3 and {len(cells(line)) for line in (head, rule, *rows)} == {12}
+    assert cells(rows[0])[:3] == ["demo", "fss", "12,500"]
+    assert cells(rows[2])[:3] == ["random:resnet18@49600", "fss", "49,600"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_growth_shows_where_the_time_goes_and_the_line_through_it(
+    tables: dict[str, Any], tmp_path: Path, suffix: str
+) -> None:
+    sheet = Sheet(tmp_path / f"sweep{suffix}")
+    for relus in (0, 1000, 4000):
+        # 2,000 B + 8 B per ReLU, 5 ms + 2 us per ReLU
+        sheet.append(growing(relus, 1000 + 8 * relus, 5 + 0.002 * relus))
+    text = tables["main"](["growth", str(sheet.path)])
+    head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(cells(line)) for line in (head, rule, *rows)} == {len(tables["GROWTH"])}
+    assert cells(rows[2])[0] == "4,000" and cells(rows[2])[3] == "13.0 (13.0)"
+    assert cells(rows[2])[5:9] == ["10.00", "2.50", "", "1.00"]
+    assert cells(rows[2])[9] == "34"
+    notes = [line for line in text.splitlines() if line.startswith("-")]
+    assert notes[0] == (
+        "- Online bytes: 2,000 B + 8 B per ReLU; no row is further than 0% from this line."
+    )
+    assert notes[1].startswith("- Online latency: 5,000 us + 2 us per ReLU; no row is further")
+
+
+def test_batches_have_no_line(tables: dict[str, Any], tmp_path: Path) -> None:
+    sheet = Sheet(tmp_path / "sweep.json")
+    for batch in (1, 2, 4):
+        sheet.append(growing(1000, 1000 * batch, batch, batch=batch))
+    text = tables["main"](["growth", str(sheet.path)])
+    assert [cells(line)[1] for line in text.splitlines()[2:]] == ["1", "2", "4"]

@@ -1,0 +1,186 @@
+"""Sweeps: every method honours its budget, resumes to the same bits, is not done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pi_system import checkpoint, nn
+from pi_system.errors import UsageError
+from training import data, distill, methods, recipe, report, senet, sweep
+from training.cli import cli
+from training.loop import Reporter, Row, Run, stored_rows
+
+from .test_loop import Stop, StopAfter, assert_same
+
+BUDGET = 777
+
+
+@pytest.fixture(scope="module")
+def base(cifar10: Path, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose teacher and sensitivities all runs of this module share."""
+    chosen = recipe.load(str(recipe_path))
+    folder = tmp_path_factory.mktemp("sweep")
+    run = Run(folder / "runs", chosen, data.load("cifar10", cifar10), shared=folder / "shared")
+    senet.measure(run)
+    return run
+
+
+def student(base: Run, method: str, budget: int, directory: Path) -> Run:
+    chosen = methods.apply(base.recipe, method, budget, seed=1)
+    return dataclasses.replace(base, recipe=chosen, directory=directory)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_each_method_honours_its_budget(base: Run, method: str, tmp_path: Path) -> None:
+    run = student(base, method, BUDGET, tmp_path)
+    teacher, result = senet.train(run)
+    model, manifest = checkpoint.load(tmp_path / distill.FOLDER)
+    kept = nn.count_relus(model).kept
+    assert kept == manifest.relu_kept == result.relu_kept
+    assert kept == BUDGET or (method == "whole-layers" and kept <= BUDGET)
+    assert teacher.relu_kept == teacher.relu_total
+    rows = stored_rows(tmp_path)
+    assert len(rows) == base.recipe.masks.epochs + base.recipe.finetune.epochs, "same epochs"
+    assert manifest.method == run.recipe.method
+
+
+@pytest.mark.parametrize("method", ["senet", "snl", "senet+"])
+@pytest.mark.parametrize("budget", ["none", "all"])
+def test_no_relu_and_every_relu(base: Run, method: str, budget: str, tmp_path: Path) -> None:
+    total = 38912
+    run = student(base, method, total if budget == "all" else 0, tmp_path)
+    _, found = senet.find_masks(run)
+    assert nn.count_relus(found).kept == run.recipe.relu_budget
+    assert nn.count_relus(found).total == total
+
+
+@pytest.mark.parametrize("method", ["snl", "senet+"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_stopped_search_goes_on_to_the_same_bits(
+    base: Run, method: str, inside: bool, tmp_path: Path
+) -> None:
+    whole = student(base, method, BUDGET, tmp_path / "whole")
+    senet.train(whole)
+    stopped = student(base, method, BUDGET, tmp_path / "stopped")
+    with pytest.raises(Stop):
+        senet.train(dataclasses.replace(stopped, reporter=StopAfter(1, inside=inside)))
+    senet.train(stopped)
+    assert_same(stopped.directory, whole.directory)
+
+
+def test_bf16_trains_and_resumes(base: Run, tmp_path: Path) -> None:
+    half = dataclasses.replace(base, recipe=dataclasses.replace(base.recipe, precision="bf16"))
+    whole = student(half, "senet", BUDGET, tmp_path / "whole")
+    senet.train(whole)
+    stopped = student(half, "senet", BUDGET, tmp_path / "stopped")
+    with pytest.raises(Stop):
+        senet.train(dataclasses.replace(stopped, reporter=StopAfter(3)))
+    senet.train(stopped)
+    assert_same(stopped.directory, whole.directory)
+    full = student(base, "senet", BUDGET, tmp_path / "whole")
+    with pytest.raises(UsageError, match="different recipe"):
+        senet.train(full)
+
+
+class Count(Reporter):
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def epoch(self, row: Row) -> None:
+        self.rows.append(row)
+
+
+@pytest.fixture(scope="module")
+def swept(base: Run, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sweep's TOML and its results."""
+    folder = tmp_path_factory.mktemp("swept")
+    (folder / "sweep.toml").write_text(
+        f'recipe = "{recipe_path}"\nmethods = ["uniform-random", "senet"]\n'
+        "budgets = [3000, 777]\nseeds = [1]\n"
+    )
+    jobs = sweep.load(folder / "sweep.toml")
+    assert [job.name for job in jobs[:3]] == [
+        "uniform-random-3000-s1",
+        "senet-3000-s1",
+        "uniform-random-777-s1",
+    ]
+    # Stopped after its first student.
+    run = dataclasses.replace(base, directory=folder / "runs")
+    next(sweep.run(jobs, run, folder / "results"))
+    assert [p.stem for p in (folder / "results").iterdir()] == [jobs[0].name]
+    assert len(list(sweep.run(jobs, run, folder / "results"))) == 3
+    return folder
+
+
+def test_a_sweep_skips_what_is_done(base: Run, swept: Path) -> None:
+    seen = Count()
+    run = dataclasses.replace(base, directory=swept / "elsewhere", reporter=seen)
+    jobs = sweep.load(swept / "sweep.toml")
+    assert not list(sweep.run(jobs, run, swept / "results")) and not seen.rows
+    other = dataclasses.replace(
+        jobs[0], recipe=dataclasses.replace(jobs[0].recipe, relu_budget=2999)
+    )
+    with pytest.raises(UsageError, match="different recipe"):
+        sweep.stored(other, swept / "results")
+
+
+def test_a_result_says_what_it_is(base: Run, swept: Path) -> None:
+    text = (swept / "results" / "senet-777-s1.json").read_text()
+    document = json.loads(text)
+    assert document["relu_kept"] == sum(layer["relus"] for layer in document["layers"]) == 777
+    assert document["seed"] == 1 and document["epochs"] == {"search": 2, "finetune": 2}
+    assert [row["stage"] for row in document["curve"]] == ["masks"] * 2 + ["finetune"] * 2
+    model, _ = checkpoint.load(swept / "runs" / "senet-777-s1" / "student")
+    from training.loop import accuracy
+
+    assert document["test_accuracy"] == accuracy(model, base.dataset.test, base.dataset)
+    assert str(swept) not in text
+
+
+def test_the_command_makes_table_and_plot(swept: Path, cifar10: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        cli,
+        ["sweep", str(swept / "sweep.toml"), "--data", str(cifar10), "--run", str(swept / "runs"),
+         "--results", str(swept / "results"), "--format", "csv"],
+    )  # fmt: skip
+    assert done.exit_code == 0 and done.stdout.count("\n") == 5
+    plots = [tmp_path / "a.svg", tmp_path / "b.png"]
+    for plot in plots:
+        made = CliRunner().invoke(cli, ["report", str(swept / "results"), "--plot", str(plot)])
+        assert made.exit_code == 0, made.stderr
+        assert plot.stat().st_size > 1000
+    lines = made.stdout.splitlines()
+    assert lines[0].startswith("| method | 777 ReLUs (2.0%) | 3,000 ReLUs (7.7%) |")
+    result = json.loads((swept / "results" / "senet-777-s1.json").read_text())
+    (row,) = (line for line in lines if line.startswith("| `senet`"))
+    assert f"**{100 * result['test_accuracy']:.2f}**" in row.split("|")[2]
+
+
+def test_unlike_runs_share_no_table(swept: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("senet-777-s1", "senet-3000-s1")):
+        document = json.loads((swept / "results" / f"{name}.json").read_text())
+        document["epochs"]["finetune"] += i
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    with pytest.raises(UsageError, match="mixes"):
+        report.load(tmp_path)
+    with pytest.raises(UsageError, match="no results"):
+        report.load(tmp_path / "nothing")
+
+
+def test_bad_sweeps(recipe_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    good = f'recipe = "{recipe_path}"\nmethods = ["snl"]\nbudgets = [1]\nseeds = [1]\n'
+    for old, new, message in [
+        ('["snl"]', '["sln"]', "unknown method 'sln'"),
+        ("budgets = [1]", "budgets = []", "budgets"),
+        ("seeds = [1]", "seeds = [1, 1]", "repetitions"),
+        ("budgets", "budget", "unknown key"),
+    ]:
+        path.write_text(good.replace(old, new))
+        with pytest.raises(UsageError, match=message):
+            sweep.load(path)

@@ -1,0 +1,179 @@
+"""Sweeps: methods x budgets x seeds from one TOML, one small result file for each student."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi_system import checkpoint, config
+from pi_system.checkpoint import write_atomic
+from pi_system.errors import IntegrityError, UsageError
+from pi_system.nn import count_relus
+
+from . import distill, methods, recipe, senet, teacher
+from .loop import Run, stored_rows
+from .recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+RESULT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All ``methods`` at each of ``budgets`` (ReLUs, the stem counted) for each of ``seeds``.
+
+    ``recipe`` is bundled or the path of a TOML file; its own method, budget and student's seed
+    are not used.
+    """
+
+    recipe: str
+    methods: tuple[str, ...]
+    budgets: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "budgets", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UsageError(f"{name} must be a list without repetitions, got {list(values)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One student of a sweep."""
+
+    method: str
+    budget: int
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.budget}-s{self.seed}"
+
+
+def load(path: Path) -> tuple[Job, ...]:
+    """The students of a sweep: all methods at one budget and seed before the next.
+
+    Raises:
+        UsageError: a key, value, method or recipe that does not fit.
+    """
+    sweep = config.load_toml(path, Sweep)
+    base = recipe.load(sweep.recipe)
+    return tuple(
+        Job(method, budget, seed, methods.apply(base, method, budget, seed))
+        for seed in sweep.seeds
+        for budget in sweep.budgets
+        for method in sweep.methods
+    )
+
+
+def run(jobs: tuple[Job, ...], base: Run, results: Path) -> Iterator[dict[str, Any]]:
+    """Train the students that have no result yet; yields each one's result.
+
+    Args:
+        base: students train in folders of ``base.directory``; ``base.shared`` has the teacher
+            and the sensitivities, which are trained first if they are not there.
+        results: gets one JSON file per student.
+
+    Raises:
+        UsageError: a result was made by another recipe.
+    """
+    todo = [job for job in jobs if stored(job, results) is None]
+    log.info("%d of %d students to train", len(todo), len(jobs))
+    for number, job in enumerate(todo, 1):
+        log.info("student %d of %d: %s", number, len(todo), job.name)
+        # Each student compiles its own networks; the compiler gives up after a few of them.
+        torch.compiler.reset()
+        directory = base.directory / job.name
+        run = dataclasses.replace(base, directory=directory, recipe=job.recipe)
+        senet.train(run)
+        document = result(job, run)
+        text = json.dumps(document, indent=1) + "\n"
+        with run.writing() as mine:
+            if mine:
+                results.mkdir(parents=True, exist_ok=True)
+                write_atomic(results / f"{job.name}.json", text.encode())
+        yield document
+
+
+def stored(job: Job, results: Path) -> dict[str, Any] | None:
+    """The result of ``job``, if there is one.
+
+    Raises:
+        UsageError: another recipe made it.
+        IntegrityError: it is corrupt.
+    """
+    path = results / f"{job.name}.json"
+    if not path.exists():
+        return None
+    try:
+        document = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{path} is corrupt: {error}") from error
+    if document.get("digest") != job.recipe.digest("finetune"):
+        raise UsageError(
+            f"{path} was made by a different recipe; use another folder for results or remove it"
+        )
+    return document
+
+
+def result(job: Job, run: Run) -> dict[str, Any]:
+    """What is kept of a finished student. Accuracies are fractions of 1."""
+    model, student = checkpoint.load(run.directory / distill.FOLDER)
+    reference = checkpoint.load(run.folder("teacher") / teacher.FOLDER)[1]
+    count, rows = count_relus(model), stored_rows(run.directory)
+    return {
+        "version": RESULT_VERSION,
+        "method": job.method,
+        "title": methods.METHODS[job.method].title,
+        "relu_budget": job.budget,
+        "relu_kept": count.kept,
+        "relu_total": count.total,
+        "seed": job.seed,
+        "epochs": {"search": job.recipe.masks.epochs, "finetune": job.recipe.finetune.epochs},
+        "validation_accuracy": student.validation_accuracy,
+        "test_accuracy": student.test_accuracy,
+        "teacher": {
+            "validation_accuracy": reference.validation_accuracy,
+            "test_accuracy": reference.test_accuracy,
+        },
+        "recipe": job.recipe.name,
+        "dataset": job.recipe.dataset,
+        "arch": f"{job.recipe.arch}-w{job.recipe.channels}",
+        "digest": job.recipe.digest("finetune"),
+        "layers": [{"site": x.name, "total": x.total, "relus": x.kept} for x in count.layers],
+        "curve": [asdict(row) for row in rows],
+        "seconds": round(sum(row.seconds for row in rows), 1),
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The machine and software that trained."""
+    return {
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "system": platform.system(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
