@@ -47,6 +47,11 @@ class Client:
 
     def setup(self) -> None:
         public = receive_plan(self._server, self._graph, self._options.batch)
+        if self._options.model not in (None, public.model):
+            raise RefusedError(
+                f"the server's plan is for the model {public.model}, it announced "
+                f"{self._options.model}"
+            )
         seed = self._server.recv(prg.SEED_BYTES)
         if len(seed) != prg.SEED_BYTES:
             raise ProtocolError("the server sent no seed")
