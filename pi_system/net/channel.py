@@ -341,7 +341,7 @@ class Channel:
         self._start, self._end = 0, held
         if len(self._buffer) - held < BUFFER:
             self._buffer += bytes(BUFFER)
-        end = min(len(self._buffer), held + self._ahead)
+        end = min(len(self._buffer), self._ahead)
         try:
             count = self._socket.recv_into(memoryview(self._buffer)[held:end])
         except _WOULD_BLOCK:
