@@ -53,6 +53,8 @@ DEFAULT_TIMEOUT: Final = 8.0
 
 _MAX_JSON: Final = 1 << 20
 _SMALL: Final = 1 << 14
+_OTHERS: Final = 2e-5
+"""Seconds of a yield after which somebody else must have had the processor."""
 _WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -139,7 +141,8 @@ class Channel:
 
         Being woken costs more than most answers of a peer that computes at the same time take
         to come. A processor without other work is kept busy by this, one with other work is
-        yielded at every turn.
+        yielded at every turn, and where another process takes it the wait goes on asleep: two
+        parties that ask in turns on one processor would never be moved apart.
         """
         before, self.spin = self.spin, seconds
         try:
@@ -255,6 +258,7 @@ class Channel:
         deadline = Deadline(self.timeout)
         deadline.expect(sum(map(len, outgoing)))
         pending = outgoing[::-1]
+        alone = True
         try:
             while True:
                 moved = self._send_some(pending) if pending else False
@@ -268,8 +272,8 @@ class Channel:
                     deadline.progress()
                 elif not reading and self._read_ahead():
                     continue
-                elif deadline.silence() < self.spin and deadline.left() > 0:
-                    os.sched_yield()
+                elif alone and deadline.silence() < self.spin and deadline.left() > 0:
+                    alone = _yield_processor()
                 else:
                     self._wait(reading, bool(pending), deadline)
         except ssl.SSLError as error:
@@ -384,6 +388,13 @@ class Channel:
                 return
             if not incoming.complete:
                 return
+
+
+def _yield_processor() -> bool:
+    """Let others run; whether there were none."""
+    before = time.perf_counter()
+    os.sched_yield()
+    return time.perf_counter() - before < _OTHERS
 
 
 class Listener:

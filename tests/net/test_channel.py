@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -261,6 +262,27 @@ def test_a_spinning_receive_keeps_the_time_limit_and_gives_the_processor_back() 
             channel.recv()
         assert time.thread_time() - burnt < 0.2
         assert channel.spin == 0
+
+
+def test_a_spinning_receive_sleeps_where_others_want_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As seen from a yield that lasts; else two parties could share one processor for ever."""
+    yields: list[None] = []
+
+    def crowded() -> None:
+        yields.append(None)
+        time.sleep(0.002)
+
+    near, far = socket.socketpair()
+    with Channel(near, timeout=0.3) as channel, far, channel.spinning(60.0):
+        monkeypatch.setattr(os, "sched_yield", crowded)
+        for _ in range(2):
+            far.send(struct.pack("<I", 0))
+            assert channel.recv() == b""
+        with pytest.raises(PeerTimeout):
+            channel.recv()
+    assert len(yields) == 1
 
 
 def test_a_spinning_receive_takes_frames_limits_and_aborts_as_any_other(

@@ -107,8 +107,12 @@ def _load(level: str) -> Native | None:
 
 
 def _at(array: Any) -> int:
-    assert array.flags.c_contiguous
-    return int(array.__array_interface__["data"][0])
+    """The address of a contiguous array; the quick way there is, where it may be written to."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):
+        assert array.flags.c_contiguous
+        return int(array.__array_interface__["data"][0])
 
 
 class _Material(ctypes.Structure):
