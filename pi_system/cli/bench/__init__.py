@@ -11,6 +11,7 @@ from .. import common
 from .compare import compare
 from .env import env
 from .regress import regress
+from .report import report
 from .run import run
 from .sweep import sweep
 
@@ -25,7 +26,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress):
+for _command in (run, compare, sweep, env, regress, report):
     cli.add_command(_command)
 
 
