@@ -60,6 +60,7 @@ GROWTH = (
     "offline MB",
     "B per ReLU to client / server",
 )
+WHOLE = "(whole)"
 WORK = ("linear", "gates", "local", "wait")
 PARTIES = ("client", "server")
 NAMES = {
@@ -67,6 +68,8 @@ NAMES = {
     "fss-all": "fss, all ReLUs",
     "crypten": "CrypTen",
     "crypten-all": "CrypTen, all ReLUs",
+    "crypten-stock": "CrypTen as distributed",
+    "crypten-stock-all": "CrypTen as distributed, all ReLUs",
 }
 
 
@@ -104,13 +107,22 @@ def compare_rows(comparison: Mapping[str, Any]) -> list[Row]:
     ran = [one for one in comparison["contenders"] if one["not_run"] is None]
     for one in sorted(ran, key=lambda one: over[one["name"]]["median"], reverse=True):
         online, offline, ratio = one["online"], one["offline"], over[one["name"]]
+        whole = one.get("whole")
+        head = (
+            name,
+            NAMES.get(one["name"], one["name"]),
+            f"{one['model']['relu_kept']:,}",
+            _milliseconds((whole or online)["latency_ms"]) + (f" {WHOLE}" if whole else ""),
+            f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g})",
+        )
+        if whole:
+            carried = whole["interface_bytes"]
+            megabytes = "" if carried is None else f"{carried / 1e6:,.2f} {WHOLE}"
+            rows.append((*head, megabytes, "", "", "", _agreement(one["accuracy"])))
+            continue
         rows.append(
             (
-                name,
-                NAMES.get(one["name"], one["name"]),
-                f"{one['model']['relu_kept']:,}",
-                _milliseconds(online["latency_ms"]),
-                f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g})",
+                *head,
                 _megabytes(online),
                 f"{online['round_trips']:g}",
                 f"{offline['latency_ms']['median']:,.0f}",
@@ -129,11 +141,19 @@ def compare_notes(comparison: Mapping[str, Any]) -> list[str]:
         if ratio["over"] != "plaintext":
             above, below = (NAMES.get(ratio[key], ratio[key]) for key in ("contender", "over"))
             latency = ratio["online_latency"]
-            notes.append(
+            note = (
                 f"- {comparison['model']['name']}, {above} over {below}: {latency['median']:.3g} "
                 f"times the online latency ({latency['min']:.3g} to {latency['max']:.3g} in "
-                f"{rounds} rounds), {ratio['online_bytes']:.3g} times the online bytes."
+                f"{rounds} rounds)"
             )
+            if ratio["online_bytes"] is not None:
+                note += f", {ratio['online_bytes']:.3g} times the online bytes"
+            notes.append(f"{note}.")
+    if any(one.get("whole") for one in comparison["contenders"]):
+        notes.append(
+            f"- {WHOLE} The whole inference, the making of triples included, as this peer's phases "
+            "cannot be told apart; bytes as the loopback interface counted them, headers included."
+        )
     notes += [
         f"- {comparison['model']['name']}, {NAMES.get(one['name'], one['name'])} was not run: "
         f"{one['not_run']}."

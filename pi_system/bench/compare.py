@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Final
 
 from .. import models
-from ..backends import base
 from ..errors import ParityError
 from ..net import link
 from ..parties.timeouts import Timeouts
 from . import contenders, environment, parity
-from .contenders import Entry
+from .contenders import Entry, PeerEntry
 from .measure import PLAINTEXT_REPEAT, Measurement
 from .observation import combine, describe_model, describe_network
 from .schema import Comparison, Contender, Latency, Ratio, Round, Spread
 from .stability import judge
 
 PLAINTEXT: Final = "plaintext"
-DEFAULT: Final = ("fss", "crypten", "crypten-all")
+DEFAULT: Final = ("fss", "crypten", "crypten-all", "crypten-stock-all")
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Plan:
 
     Attributes:
         model: as named on the command line.
-        contenders: names of backends, with ``-all`` behind for the all-ReLU version of the
-            model. Plaintext takes part in any case.
+        contenders: names of backends or peers, with ``-all`` behind for the all-ReLU version of
+            the model. Plaintext takes part in any case.
         repeat: inferences of each contender in a round, each on images of its own.
         warmup: inferences before these in a round, not counted.
     """
@@ -70,7 +69,7 @@ def compare(
     link.parse(plan.network)
     names = [name for name in dict.fromkeys(plan.contenders) if name != PLAINTEXT]
     for name in names:
-        base.check(contenders.backend_of(name))
+        contenders.check(name)
     described = environment.describe()
     measurement = _measurement(plan)
     timer = measurement.plaintext()
@@ -94,7 +93,7 @@ def compare(
     ran = [entry for entry in entries if entry.failure is None]
     rounds = [_round(block, ran, number) for number, block in enumerate(_cut(timer.blocks(), ends))]
     results = [entry.result() for entry in entries]
-    measured = [seen.measured for entry in ran for seen in entry.seen]
+    measured = [one for entry in ran for one in entry.measured]
     plaintext = timer.result()
     return Comparison(
         environment=described,
@@ -107,7 +106,11 @@ def compare(
         ratios=ratios(results, rounds),
         rounds=rounds,
         stability=judge(
-            {f"{one.name} online": one.online.latency_ms for one in results if one.online},
+            {
+                f"{one.name} {'online' if one.online else 'whole'}": one.latency_ms
+                for one in results
+                if one.latency_ms
+            },
             plaintext.latency_ms,
             plaintext_drift=timer.drift(),
             threads=plan.threads,
@@ -164,11 +167,14 @@ def _measurement(plan: Plan) -> Measurement:
     )
 
 
-def _round(plaintext: Iterable[Sequence[float]], ran: Sequence[Entry], number: int) -> Round:
+def _round(
+    plaintext: Iterable[Sequence[float]], ran: Sequence[Entry | PeerEntry], number: int
+) -> Round:
+    offline = {one.name: one.offline_ms(number) for one in ran}
     return Round(
         plaintext_ms=Latency.of(value for block in plaintext for value in block).values,
-        online_ms={one.name: one.seen[number].online.latency_ms.values for one in ran},
-        offline_ms={one.name: one.seen[number].offline.latency_ms.values for one in ran},
+        online_ms={one.name: one.online_ms(number) for one in ran},
+        offline_ms={name: values for name, values in offline.items() if values is not None},
     )
 
 
@@ -177,16 +183,17 @@ def _cut(blocks: Sequence[Sequence[float]], ends: Sequence[int]) -> list[Sequenc
 
 
 def _over(one: Contender, other: Contender, rounds: Sequence[Round]) -> Ratio:
-    assert one.online and one.offline and other.online and other.offline
-    name, base_name = one.name, other.name
+    online_latency = _spread(
+        [r.online_ms[one.name] for r in rounds], [r.online_ms[other.name] for r in rounds]
+    )
+    if not (one.online and one.offline and other.online and other.offline):
+        return Ratio(one.name, other.name, online_latency)
     return Ratio(
-        contender=name,
-        over=base_name,
-        online_latency=_spread(
-            [r.online_ms[name] for r in rounds], [r.online_ms[base_name] for r in rounds]
-        ),
+        contender=one.name,
+        over=other.name,
+        online_latency=online_latency,
         offline_latency=_spread(
-            [r.offline_ms[name] for r in rounds], [r.offline_ms[base_name] for r in rounds]
+            [r.offline_ms[one.name] for r in rounds], [r.offline_ms[other.name] for r in rounds]
         ),
         online_bytes=_quotient(one.online.bytes.total, other.online.bytes.total),
         offline_bytes=_quotient(one.offline.bytes.total, other.offline.bytes.total),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.console import Console
 from rich.table import Table
 
 from .schema import Comparison, Contender, Latency, Ratio
 from .table import print_work, size
+
+WHOLE: Final = "*"
+"""Marks the figures of peers, whose phases cannot be told apart."""
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
@@ -28,9 +33,11 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     table.add_row("plaintext", f"{model.relu_kept:,}", _times(plaintext), "1", *[""] * 5)
     over = {(ratio.contender, ratio.over): ratio for ratio in comparison.ratios}
     for one in comparison.contenders:
-        if one.online is not None:
+        if one.online is not None or one.whole is not None:
             _add_row(table, one, over[one.name, "plaintext"])
     console.print(table)
+    if any(one.whole for one in comparison.contenders):
+        console.print(f"{WHOLE} the whole inference; bytes as the loopback interface counted them.")
     for ratio in comparison.ratios:
         console.print(_sentence(ratio, rounds), markup=False)
     for one in comparison.contenders:
@@ -50,18 +57,18 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def _add_row(table: Table, one: Contender, ratio: Ratio) -> None:
-    assert one.online and one.offline and one.setup
-    table.add_row(
-        one.name,
-        f"{one.model.relu_kept:,}",
-        _times(one.online.latency_ms),
-        f"{ratio.online_latency.median:.3g}",
-        size(one.online.bytes.total),
-        f"{one.online.round_trips:g}",
-        f"{one.offline.latency_ms.median:,.1f}",
-        size(one.offline.bytes.total),
-        f"{one.setup.seconds:.2f} s",
-    )
+    cells = [one.name, f"{one.model.relu_kept:,}"]
+    factor = f"{ratio.online_latency.median:.3g}"
+    if one.whole is not None:
+        carried = one.whole.interface_bytes
+        cells += [f"{WHOLE} {_times(one.whole.latency_ms)}", factor]
+        cells += ["" if carried is None else size(round(carried)), *[""] * 4]
+    else:
+        assert one.online and one.offline and one.setup
+        cells += [_times(one.online.latency_ms), factor, size(one.online.bytes.total)]
+        cells += [f"{one.online.round_trips:g}", f"{one.offline.latency_ms.median:,.1f}"]
+        cells += [size(one.offline.bytes.total), f"{one.setup.seconds:.2f} s"]
+    table.add_row(*cells)
 
 
 def _sentence(ratio: Ratio, rounds: int) -> str:

@@ -266,13 +266,26 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """An inference of a peer (:mod:`.peers`), whose phases cannot be told apart: from holding the
+    image to holding the logits, the making of triples included. ``interface_bytes`` is what the
+    loopback interface carried meanwhile, headers included; null where the system does not tell.
+    """
+
+    latency_ms: Latency
+    interface_bytes: float | None
+
+
+@dataclass(frozen=True)
 class Contender:
     """One backend on one model in a comparison: its figures over all rounds, or why it has none.
 
     Attributes:
         name: as asked for, ``fss`` or ``crypten-all``.
+        backend: or peer.
         model: which it ran; another one than compared for ``-all``.
         not_run: why it has no figures (which are then null).
+        whole: a peer's figures, in place of ``setup``, ``offline`` and ``online``.
     """
 
     name: str
@@ -284,11 +297,19 @@ class Contender:
     online: Online | None = None
     accuracy: Accuracy | None = None
     peak_memory_mb: dict[str, float] | None = None
+    whole: Whole | None = None
+
+    @property
+    def latency_ms(self) -> Latency | None:
+        """Online, or of a peer's whole inference."""
+        held = self.online or self.whole
+        return None if held is None else held.latency_ms
 
 
 @dataclass(frozen=True)
 class Round:
-    """Raw milliseconds of one round: plaintext, and by contender."""
+    """Raw milliseconds of one round: plaintext, and by contender; ``online_ms`` has the whole
+    inferences of peers."""
 
     plaintext_ms: list[float]
     online_ms: dict[str, list[float]]
@@ -309,8 +330,9 @@ class Spread:
 class Ratio:
     """One contender over another, or over plaintext.
 
-    Latencies: of the medians of each round. Bytes and round trips, which do not vary: of the
-    medians of all; ``None`` over plaintext, which has none, or over nothing.
+    Latencies: of the medians of each round; ``online_latency`` takes a peer's whole inference.
+    Bytes and round trips, which do not vary: of the medians of all; ``None`` over plaintext, which
+    has none, of a peer, which does not tell, or over nothing.
     """
 
     contender: str

@@ -32,14 +32,13 @@ import numpy.typing as npt
 
 from ..errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
 from .framing import (
-    ABORT,
-    ABORT_LIMIT,
     BUFFER,
     HEADER,
     Array,
     Data,
     Deadline,
     Incoming,
+    abort_message,
     bytes_of,
     little_endian,
 )
@@ -47,7 +46,7 @@ from .framing import MAX_FRAME as MAX_FRAME
 from .framing import PeerClosed as PeerClosed
 from .link import Link, Shaped
 from .meter import Direction, Meter
-from .tls import ROLES, Identity, refused
+from .tls import ROLES, Identity, refused, role_of
 
 DEFAULT_TIMEOUT: Final = 8.0
 
@@ -65,6 +64,7 @@ class Channel:
         peer: what the peer is called in messages and in the log ("server", "client", "dealer").
         meter: counts every frame; shared by the channels of a party.
         timeout: seconds a peer may be silent; ``None`` waits for ever.
+        role: what the peer's certificate speaks for; ``None`` without TLS.
         tap: called with the direction and the payload of every whole frame (see ``net/tap.py``).
 
     With ``link``, an emulated network lies between the two (see :mod:`.link`); both ends say so.
@@ -82,6 +82,7 @@ class Channel:
         self.peer = peer
         self.meter = Meter() if meter is None else meter
         self.timeout = timeout
+        self.role = role_of(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
         self.tap: Callable[[Direction, memoryview], None] | None = None
         self._socket = sock if link is None else Shaped(sock, link)
         self._closed = self._failed = False
@@ -168,12 +169,8 @@ class Channel:
         """
         if self._closed:
             return
-        kind = b"refused" if isinstance(error, RefusedError) else b"failed"
-        text = " ".join(str(error).split()).encode(errors="replace")[: ABORT_LIMIT - 16]
-        payload = kind + b" " + text
-        message = HEADER.pack(ABORT) + HEADER.pack(len(payload)) + payload
         with contextlib.suppress(OSError):  # the peer will see the connection close anyway
-            self._socket.send(message)
+            self._socket.send(abort_message(error))
             self._socket.shutdown(socket.SHUT_WR)
         self.close()
 

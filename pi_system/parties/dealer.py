@@ -73,6 +73,8 @@ class Dealer:
                     peer="party",
                     timeout=self._settings.timeouts.hello,
                     link=self._settings.link,
+                    identity=self._settings.identity,
+                    roles=("server", "client"),
                 )
             except PeerTimeout:
                 continue

@@ -54,7 +54,12 @@ def serve_once(listener: Listener, settings: ServerSettings) -> Meter:
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(
             listener.accept(
-                peer="client", meter=meter, timeout=settings.timeouts.hello, link=settings.link
+                peer="client",
+                meter=meter,
+                timeout=settings.timeouts.hello,
+                link=settings.link,
+                identity=settings.identity,
+                roles=("client",),
             )
         )
         channels = [client]
@@ -93,6 +98,7 @@ def _session(
                 peer="dealer",
                 meter=meter,
                 link=settings.link,
+                identity=settings.identity,
             )
         )
         channels.append(dealer)

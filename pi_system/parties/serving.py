@@ -9,6 +9,7 @@ from typing import NoReturn
 from ..backends.base import Backend
 from ..errors import PiError
 from ..net.link import Link
+from ..net.tls import Identity
 from .timeouts import Timeouts
 
 
@@ -20,6 +21,7 @@ class ServingSettings:
         threads: of this party.
         device: torch device of the linear layers.
         link: the emulated network on every connection; None for none.
+        identity: whom this party speaks for; ``None`` for plaintext.
         log_frames: keep the log of frames for :class:`Meter`'s readers.
     """
 
@@ -29,6 +31,7 @@ class ServingSettings:
     device: str = "cpu"
     timeouts: Timeouts = field(default_factory=Timeouts)
     link: Link | None = None
+    identity: Identity | None = None
     log_frames: bool = False
 
 

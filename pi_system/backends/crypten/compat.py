@@ -187,6 +187,20 @@ def _load() -> ModuleType:
     return crypten
 
 
+def import_unmended() -> ModuleType:
+    """Import CrypTen as distributed, in a process that never calls :func:`load`.
+
+    Only the import that newer versions of torch broke is mended.
+
+    Raises:
+        UsageError: CrypTen or something it imports is missing.
+    """
+    require()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _import()
+
+
 def check_device(device: str) -> None:
     """Refuse anything but the CPU.
 

@@ -11,6 +11,7 @@ from . import device
 from .client import Client
 from .dealer import Dealer
 from .server import Server
+from .source import SYSTEM, Source
 from .store import Store
 
 
@@ -24,7 +25,8 @@ class FssBackend:
 
     name = "fss"
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source = SYSTEM) -> None:
+        self._source = source
         self._store: Store | None = None
 
     def open_store(self, directory: Path, role: str, limit: int | None = None) -> None:
@@ -39,17 +41,17 @@ class FssBackend:
         self, graph: Graph, client: Channel, dealer: Channel | None, options: Options
     ) -> Server:
         _check(options)
-        return Server(graph, client, dealer, options, self._store)
+        return Server(graph, client, dealer, options, self._store, self._source)
 
     def client(
         self, public: Graph, server: Channel, dealer: Channel | None, options: Options
     ) -> Client:
         _check(options)
-        return Client(public, server, dealer, options, self._store)
+        return Client(public, server, dealer, options, self._store, self._source)
 
     def dealer(self, server: Channel, client: Channel, options: Options) -> Dealer:
         _check(options)
-        return Dealer(server, client, options)
+        return Dealer(server, client, options, self._source)
 
 
 def _check(options: Options) -> None:

@@ -12,7 +12,7 @@ from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import device, offline, packing, pairing, plan, prg, program, weights
+from . import device, offline, packing, pairing, plan, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
@@ -23,6 +23,7 @@ from .plan import PRECISIONS, Plan
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
+from .source import SYSTEM, Source
 from .store import Claimed, Step, Stock, Store
 from .wide import from_panels, panel_shape
 
@@ -44,12 +45,14 @@ class Server:
         dealer: Channel | None,
         options: Options,
         store: Store | None = None,
+        source: Source = SYSTEM,
     ) -> None:
         self._graph = graph
         self._client = client
         self._dealer = dealer
         self._options = options
         self._store = store
+        self._source = source
         self._claimed: Claimed[ServerMaterial] = Claimed()
         self._paired: Stock[ServerMaterial] | None = None
         self._convs: dict[str, RingConv] = {}
@@ -62,7 +65,7 @@ class Server:
         lowered = program.build(graph)
         chosen = self._plan()
         public = Public(graph.public(), lowered, chosen, graph.sha256(), self._options.batch)
-        seed = prg.fresh_seed()
+        seed = self._source.seed()
         send_plan(self._client, public)
         self._client.send(seed)
         if self._dealer is not None:

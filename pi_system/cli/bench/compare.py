@@ -14,8 +14,9 @@ from . import options
 @options.model
 @click.option(
     "--contender", "contenders", multiple=True, metavar="NAME",
-    help="A backend, or one with -all behind (crypten-all): on the version of the model that "
-    "keeps every ReLU. Again for more. [default: fss, crypten, crypten-all]",
+    help="A backend, or crypten-stock, CrypTen as distributed; with -all behind (crypten-all): on "
+    "the version of the model that keeps every ReLU. Again for more. "
+    "[default: fss, crypten, crypten-all, crypten-stock-all]",
 )  # fmt: skip
 @click.option(
     "--rounds", type=click.IntRange(1), default=5, show_default=True,

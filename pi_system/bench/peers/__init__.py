@@ -1,0 +1,77 @@
+"""Other systems as their authors distribute them, to compare with: one module each.
+
+A peer brings its own processes and transport. So its phases and bytes cannot be told apart as a
+backend's are, nor can it be put behind an emulated network: what is measured is the whole
+inference, from holding the image to holding the logits, and what the loopback interface carried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class PeerRun:
+    """What to run.
+
+    Attributes:
+        model: folder of an exported model.
+        images: (N, C, H, W), normalised float32.
+        repeat: inferences; each takes the next ``batch`` images, from the start again at the end.
+        warmup: inferences before these that do not count.
+        threads: of each party.
+    """
+
+    model: Path
+    images: npt.NDArray[np.float32]
+    batch: int
+    repeat: int
+    warmup: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class PeerReport:
+    """What was seen.
+
+    Attributes:
+        setup_seconds: from starting the processes to the first inference.
+        seconds: of each inference.
+        interface_bytes: what the loopback interface carried per inference, headers and other
+            programs' traffic included; None where the system does not tell.
+        inferences: their ``images`` (indices) and ``logits``, as a client reports them.
+        peak_memory: bytes, by role.
+    """
+
+    setup_seconds: float
+    seconds: list[float]
+    interface_bytes: float | None
+    inferences: list[dict[str, Any]]
+    peak_memory: dict[str, int]
+
+
+class Peer(Protocol):
+    """A system to compare with."""
+
+    def run(self, run: PeerRun) -> PeerReport:
+        """Run one session. No process outlives the call.
+
+        Raises:
+            PiError: it is not installed, cannot run this model, or failed.
+        """
+        ...
+
+
+NAMES: Final = ("crypten-stock",)
+
+
+def get(name: str) -> Peer:
+    """The peer of that name, one of :data:`NAMES`."""
+    from .crypten_stock import CrypTenStock
+
+    return {"crypten-stock": CrypTenStock}[name]()
