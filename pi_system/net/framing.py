@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import PeerError, ProtocolError, RefusedError, UsageError
+from ..errors import BusyError, PeerError, ProtocolError, RefusedError, UsageError
 
 Data = bytes | bytearray | memoryview
 Array = npt.NDArray[Any]
@@ -47,6 +47,10 @@ class Deadline:
 
     def progress(self) -> None:
         self._silent_since = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the last progress."""
+        return time.monotonic() - self._silent_since
 
     def left(self) -> float:
         """Seconds left, possibly negative."""
@@ -133,6 +137,8 @@ class Incoming:
         text = "".join(c for c in text if c.isprintable()) or "no reason given"
         if kind == "refused":
             raise RefusedError(f"the {peer} refused: {text}")
+        if kind == "busy":
+            raise BusyError(f"the {peer} is busy: {text}")
         raise PeerError(f"the {peer} gave up: {text}")
 
 
