@@ -373,9 +373,13 @@ def masks(pictures: bool, output_format: str, output: Path | None, **where: Any)
 
 @cli.command()
 @_run_options
+@_PICTURES
 @_output_options
-def finetune(output_format: str, output: Path | None, **where: Any) -> None:
+def finetune(pictures: bool, output_format: str, output: Path | None, **where: Any) -> None:
     """Fine-tune with frozen masks: the checkpoint RUN/student. The test split stays unread.
+
+    With [widths] in the recipe (SENet++) each width is a checkpoint of its own, such as
+    RUN/student-0.5, and the picture is RUN/widths.png: accuracy against ReLUs and operations.
 
     \b
     Example:
@@ -383,24 +387,30 @@ def finetune(output_format: str, output: Path | None, **where: Any) -> None:
     """
     run = _open(**where)
     distill.run_stage(run, *senet_module.find_masks(run))
-    result = senet_module.figures(run.directory / distill.FOLDER)
-    emit([asdict(result)], output_format, output)
+    results = [senet_module.figures(directory) for directory in senet_module.students(run)]
+    if pictures:
+        pictures_module.widths(results, run.directory / "widths.png")
+    emit([asdict(result) for result in results], output_format, output)
 
 
 @cli.command()
 @_run_options
+@_PICTURES
 @_output_options
-def senet(output_format: str, output: Path | None, **where: Any) -> None:
+def senet(pictures: bool, output_format: str, output: Path | None, **where: Any) -> None:
     """Train teacher and student: all stages, then the test accuracy.
 
-    Stages that RUN already holds are skipped. The checkpoints are RUN/teacher and RUN/student;
-    the test split is read once, at the end.
+    Stages that RUN already holds are skipped. The checkpoints are RUN/teacher and RUN/student,
+    with [widths] in the recipe also those of finetune; the test split is read once, at the end.
 
     \b
     Example:
       pi-train senet --recipe quick --data cifar-10-binary.tar.gz --run runs/quick --format json
     """
-    results = senet_module.train(_open(**where))
+    run = _open(**where)
+    results = senet_module.train(run)
+    if pictures:
+        pictures_module.widths(results[1:], run.directory / "widths.png")
     emit([asdict(result) for result in results], output_format, output)
 
 

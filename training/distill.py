@@ -9,10 +9,11 @@ from pi_system import checkpoint
 from pi_system.nn import count_relus, relu_sites, with_activations
 
 from . import teacher as teacher_module
-from .loop import Run, Stage
-from .losses import Distill
+from .loop import Run, Stage, accuracy
+from .losses import Distill, DistillAll
 from .masks import channels_last, student_of
 from .recipe import Phase
+from .slimmable import Slimmable
 
 FOLDER = "student"
 OUTPUT = "finetune.json"
@@ -28,8 +29,15 @@ def stage_sites(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def folder(fraction: float) -> str:
+    """The checkpoint of the student that runs at a fraction of the channels."""
+    return FOLDER if fraction == 1 else f"{FOLDER}-{fraction:g}"
+
+
 class FinetuneStage(Stage):
     """``ce * CE + kl * KL + pram * PRAM`` with masks that no longer move.
+
+    With several widths, each batch minimises the sum of their losses.
 
     Args:
         teacher: the all-ReLU network, in evaluation mode.
@@ -39,20 +47,28 @@ class FinetuneStage(Stage):
     name = "finetune"
 
     def __init__(self, run: Run, teacher: fx.GraphModule, start: fx.GraphModule) -> None:
-        settings = run.recipe.finetune
+        settings, widths = run.recipe.finetune, run.recipe.widths
         student = student_of(run, start)
-        super().__init__(run, student, (Phase(settings.epochs),), settings.optimizer)
+        model: nn.Module = student
+        self.networks = [student]
+        if widths is not None:
+            model = Slimmable(run, student, widths.fractions)
+            channels_last(model)
+            self.networks = [model.at(fraction) for fraction in widths.fractions]
+        super().__init__(run, model, (Phase(settings.epochs),), settings.optimizer)
         sites = stage_sites(student) if settings.pram else ()
-        self._step = run.compiled(
+        losses = [
             Distill(
-                with_activations(student, sites),
+                with_activations(network, sites),
                 settings.ce,
                 settings.kl,
                 settings.temperature,
                 settings.pram,
             )
-        )
-        teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
+            for network in self.networks
+        ]
+        self._step = run.compiled(losses[0] if widths is None else DistillAll(losses))
+        teacher.to(memory_format=run.recipe.layout(self.name))  # type: ignore[call-overload]
         channels_last(teacher)
         self._teacher = run.compiled(with_activations(teacher.eval(), sites), trained=False)
 
@@ -62,34 +78,53 @@ class FinetuneStage(Stage):
         loss, logits = self._step(images, labels, logits_ar, acts_ar)
         return loss, logits
 
+    def students(self) -> list[fx.GraphModule]:
+        """An ordinary network for each of the recipe's fractions."""
+        if isinstance(self.model, Slimmable):
+            return [self.model.cut(fraction) for fraction in self.run.recipe.fractions]
+        return self.networks
+
 
 def run_stage(run: Run, teacher: fx.GraphModule, start: fx.GraphModule) -> fx.GraphModule:
     """Fine-tune, write ``finetune.json`` and save the student in ``student/``.
 
+    A student of a smaller width is saved beside it, ``student-0.5/`` for half the channels.
+
     Returns:
         The student in evaluation mode.
     """
-    path = run.directory / FOLDER
+    recipe = run.recipe
     if run.read_json(OUTPUT, FinetuneStage.name) is None:
         stage = FinetuneStage(run, teacher, start)
         stage.fit()
-        measured = stage.rows[-1].validation_accuracy
-        teacher_module.save(
-            run,
-            path,
-            stage.model,
-            budget=run.recipe.relu_budget,
-            method=run.recipe.method,
-            source="distilled from the teacher of the same recipe",
-            validation_accuracy=measured,
-        )
+        validation = run.split()[1]
+        widths = []
+        for fraction, student in zip(recipe.fractions, stage.students(), strict=True):
+            measured = stage.rows[-1].validation_accuracy
+            if fraction != 1 and len(validation):
+                measured = accuracy(student, validation, run.dataset)
+            kept = count_relus(student).kept
+            teacher_module.save(
+                run,
+                run.directory / folder(fraction),
+                student,
+                budget=recipe.relu_budget if fraction == 1 else kept,
+                method=recipe.method,
+                source="distilled from the teacher of the same recipe",
+                validation_accuracy=measured,
+                width=recipe.channels_at(fraction),
+            )
+            widths.append(
+                {"fraction": fraction, "relu_kept": kept, "validation_accuracy": measured}
+            )
         run.write_json(
             OUTPUT,
             stage.name,
             {
-                "stage_sites": list(stage_sites(stage.model)),
-                "relu_kept": count_relus(stage.model).kept,
-                "validation_accuracy": measured,
-            },
+                "stage_sites": list(stage_sites(student)),
+                "relu_kept": widths[-1]["relu_kept"],
+                "validation_accuracy": widths[-1]["validation_accuracy"],
+            }
+            | ({} if recipe.widths is None else {"widths": widths}),
         )
-    return checkpoint.load(path)[0]
+    return checkpoint.load(run.directory / FOLDER)[0]

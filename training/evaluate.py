@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from pi_system import checkpoint
 from pi_system.errors import UsageError
@@ -62,3 +66,25 @@ def record_test(directory: Path, dataset: Dataset) -> float:
         checkpoint.save(directory, model, manifest)
     assert manifest.test_accuracy is not None
     return manifest.test_accuracy
+
+
+def macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates of the convolutions and linear layers for one image (C, H, W).
+
+    Twice as many are the FLOPs of publications.
+    """
+    total = 0
+
+    def add(layer: Any, _: Any, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total

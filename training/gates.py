@@ -65,7 +65,7 @@ class GateStage(Stage):
         self._all_relu = teacher
         view = with_activations(student, ())
         self._step = run.compiled(Distill(view, settings.ce, settings.kl, settings.temperature))
-        teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
+        teacher.to(memory_format=run.recipe.layout(self.name))  # type: ignore[call-overload]
         channels_last(teacher)
         self._teacher = run.compiled(teacher.eval(), trained=False)
         self._before: dict[str, Tensor] = {}

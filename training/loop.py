@@ -161,7 +161,7 @@ class Stage:
 
     def __init__(self, run: Run, model: nn.Module, phases: tuple[Phase, ...], sgd: Optimizer):
         self.run = run
-        self.model = model.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
+        self.model = model.to(memory_format=run.recipe.layout(self.name))  # type: ignore[call-overload]
         self.phases = phases
         self.settings = sgd
         self.optimizer = torch.optim.SGD(
@@ -186,7 +186,7 @@ class Stage:
         return [{"params": list(self.model.parameters())}]
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, logits) of a batch in the recipe's memory format."""
+        """(loss, logits) of a batch in the stage's memory format."""
         raise NotImplementedError
 
     def before_first(self, train: Images) -> None:
@@ -241,7 +241,7 @@ class Stage:
         )
         steps = len(train) // recipe.batch
         total_loss, correct, rate = 0.0, 0, 0.0
-        layout = recipe.memory_format
+        layout = recipe.layout(self.name)
         half = recipe.precision == "bf16" and self.name in STUDENT_STAGES
         self.model.train()
         batches = data.batches(

@@ -54,3 +54,20 @@ class Distill(nn.Module):
         if self.pram:
             loss = loss + self.pram * pram(acts, acts_ar)
         return loss, logits.detach()
+
+
+class DistillAll(nn.Module):
+    """The sum of the losses of networks of several widths, and the logits of the last."""
+
+    def __init__(self, parts: list[Distill]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(
+        self, images: Tensor, labels: Tensor, logits_ar: Tensor, acts_ar: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        total, logits = torch.zeros(()), logits_ar
+        for part in self.parts:
+            loss, logits = part(images, labels, logits_ar, acts_ar)
+            total = total + loss
+        return total, logits

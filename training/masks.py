@@ -170,7 +170,7 @@ class MaskStage(Stage):
                 settings.temperature,
             )
         )
-        teacher.to(memory_format=run.recipe.memory_format)  # type: ignore[call-overload]
+        teacher.to(memory_format=run.recipe.layout(self.name))  # type: ignore[call-overload]
         channels_last(teacher)
         self._teacher = run.compiled(with_activations(teacher.eval(), names), trained=False)
         self._mismatch: list[Tensor] = []

@@ -11,6 +11,7 @@ from torch import nn
 from pi_system.errors import UsageError
 from pi_system.nn import relu_sites
 
+from .senet import Result
 from .sensitivity import PUBLISHED_RESNET18
 
 
@@ -86,6 +87,22 @@ def masks(model: nn.Module, path: Path) -> None:
         cell.set_title(f"{name}\n{site.kept:,} of {site.total:,}", fontsize=7)
     if sites:
         chart.colorbar(image, ax=axes, shrink=0.6)
+    chart.savefig(path)
+
+
+def widths(rows: Sequence[Result], path: Path) -> None:
+    """Accuracy of each width's student against its ReLUs and its multiply-accumulates."""
+    chart, axes = figure(8, 4, 1, 2)
+    split = "validation" if any(row.test_accuracy is None for row in rows) else "test"
+    heights = [100 * (getattr(row, f"{split}_accuracy") or 0) for row in rows]
+    sides = (("ReLUs kept", "relu_kept"), ("multiply-accumulates", "macs"))
+    for side, (label, name) in zip(axes, sides, strict=True):
+        places = [getattr(row, name) for row in rows]
+        side.plot(places, heights, "o-")
+        for row, x, y in zip(rows, places, heights, strict=True):
+            side.annotate(row.model, (x, y), textcoords="offset points", xytext=(4, -10))
+        side.set_xlabel(label)
+    axes[0].set_ylabel(f"{split} accuracy, %")
     chart.savefig(path)
 
 

@@ -266,6 +266,23 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """SENet++: fine-tuning trains the network at several widths at once.
+
+    ``fractions`` of the channels, ascending, the last 1; each becomes a student of its own.
+    """
+
+    fractions: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        given = self.fractions
+        if not given or given[-1] != 1 or list(given) != sorted(set(given)) or not given[0] > 0:
+            raise UsageError(
+                f"fractions must rise from above 0 to 1, such as [0.5, 1.0]; got {list(given)}"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run: network, data, ReLU budget and the four stages.
 
@@ -278,6 +295,7 @@ class Recipe:
         threads: CPU threads; 0 leaves the choice to torch. Bit-for-bit repeatable results need
             the same number.
         compile: whether the training steps run through ``torch.compile``.
+        widths: of the student, if it shall run at several.
         precision: of the students' training, ``fp32`` or ``bf16`` (autocast, weights in fp32).
             Faster on CPUs with AVX512-BF16, slower on those without.
     """
@@ -294,6 +312,7 @@ class Recipe:
     masks: Masks
     finetune: Finetune
     allocate: Allocate = Allocate()
+    widths: Widths | None = None
     student_seed: int | None = None
     width: int | None = None
     padding: int = 4
@@ -320,11 +339,31 @@ class Recipe:
         if min(self.validation, self.padding, self.threads) < 0:
             raise UsageError(f"{self.name}: validation, padding and threads must not be negative")
         _positive(batch=self.batch)
+        for fraction in self.fractions:
+            self.channels_at(fraction)
 
     @property
     def channels(self) -> int:
         """The published or chosen width of the first stage."""
         return self.width if self.width is not None else nn.zoo.DEFAULT_WIDTH[self.arch]
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The student's widths as fractions of :attr:`channels`."""
+        return (1.0,) if self.widths is None else self.widths.fractions
+
+    def channels_at(self, fraction: float) -> int:
+        """The width of the first stage at a fraction of the channels.
+
+        Raises:
+            UsageError: it is no whole number.
+        """
+        channels = round(fraction * self.channels)
+        if abs(channels - fraction * self.channels) > 1e-9 or channels < 1:
+            raise UsageError(
+                f"{self.name}: {fraction:g} of {self.channels} channels is no whole number"
+            )
+        return channels
 
     @property
     def method(self) -> str:
@@ -338,14 +377,15 @@ class Recipe:
             return self.student_seed
         return self.seed
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Channels-last where it is fast and safe.
+    def layout(self, stage: str) -> torch.memory_format:
+        """The memory format of a stage: channels-last where it is fast and safe.
 
         On CPU, torch 2.13 corrupts memory in the backward pass of channels-last batch norms of
         fewer than 8 channels.
         """
-        return torch.channels_last if self.channels % 8 == 0 else torch.contiguous_format
+        fractions = self.fractions if stage == "finetune" else (1.0,)
+        eights = all(self.channels_at(fraction) % 8 == 0 for fraction in fractions)
+        return torch.channels_last if eights else torch.contiguous_format
 
     def digest(self, stage: str) -> str:
         """A hash of everything the result of ``stage`` depends on, later stages left out."""
@@ -358,6 +398,8 @@ class Recipe:
             for name in ("relu_budget", "student_seed", "precision"):
                 document[name] = getattr(self, name)
             document["allocate"] = dataclasses.asdict(self.allocate)
+        if stage == "finetune" and self.widths is not None:
+            document["widths"] = dataclasses.asdict(self.widths)
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

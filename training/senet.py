@@ -13,7 +13,7 @@ from pi_system.errors import UsageError
 from pi_system.nn import ReLUCount, count_relus
 
 from . import allocate, distill, search, sensitivity, teacher
-from .evaluate import record_test
+from .evaluate import macs, record_test
 from .loop import Run
 
 log = logging.getLogger(__name__)
@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """One trained network. Accuracies are fractions of 1."""
+    """One trained network; ``macs`` are multiply-accumulates. Accuracies are fractions of 1."""
 
     model: str
     relu_kept: int
     relu_total: int
+    macs: int
     validation_accuracy: float | None
     test_accuracy: float | None
 
@@ -63,16 +64,20 @@ def train(run: Run) -> list[Result]:
     """Run the stages that are not finished yet; the test split is read once, at the end.
 
     Returns:
-        The teacher's and the student's figures.
+        The teacher's and the student's figures, those of the widest student last.
     """
     distill.run_stage(run, *find_masks(run))
-    results = []
-    for directory in (run.folder("teacher") / teacher.FOLDER, run.directory / distill.FOLDER):
+    directories = [run.folder("teacher") / teacher.FOLDER, *students(run)]
+    for directory in directories:
         with run.writing() as mine:
             if mine:
                 record_test(directory, run.dataset)
-        results.append(figures(directory))
-    return results
+    return [figures(directory) for directory in directories]
+
+
+def students(run: Run) -> list[Path]:
+    """The checkpoints of the run's students, from the narrowest to the widest."""
+    return [run.directory / distill.folder(fraction) for fraction in run.recipe.fractions]
 
 
 def figures(directory: Path) -> Result:
@@ -83,6 +88,7 @@ def figures(directory: Path) -> Result:
         directory.name,
         count.kept,
         count.total,
+        macs(model, manifest.input_shape),
         manifest.validation_accuracy,
         manifest.test_accuracy,
     )

@@ -38,15 +38,15 @@ class TeacherStage(Stage):
         return F.cross_entropy(logits, labels, label_smoothing=self._smoothing), logits
 
 
-def fresh(run: Run, stage: str) -> nn.Module:
-    """The recipe's network with weights drawn from (seed, ``stage``)."""
+def fresh(run: Run, stage: str, width: int | None = None) -> nn.Module:
+    """The recipe's network, or one of another width, with weights drawn from (seed, ``stage``)."""
     recipe = run.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, f"{stage}/init", 0))
         return build(
             recipe.arch,
             classes=len(run.dataset.classes),
-            width=recipe.width,
+            width=recipe.width if width is None else width,
             in_channels=run.dataset.train.pixels.shape[1],
         )
 
@@ -90,8 +90,12 @@ def save(
     method: str,
     source: str,
     validation_accuracy: float | None,
+    width: int | None = None,
 ) -> None:
     """Save ``model`` as a checkpoint of this run.
+
+    Args:
+        width: its channels where they are not the recipe's.
 
     Raises:
         UsageError: it keeps more ReLUs than ``budget``.
@@ -99,7 +103,7 @@ def save(
     recipe = run.recipe
     manifest = Manifest(
         arch=recipe.arch,
-        width=recipe.channels,
+        width=recipe.channels if width is None else width,
         classes=run.dataset.classes,
         input_shape=tuple(run.dataset.train.pixels.shape[1:]),
         dataset=recipe.dataset,

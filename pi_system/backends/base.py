@@ -31,13 +31,15 @@ class Options:
     """Public parameters of a session, equal on all sides.
 
     ``threads`` is per party; ``device`` is a torch device name for server and dealer; ``plan``
-    names the precision the server is to use, and only the server's counts.
+    names the precision the server is to use, and only the server's counts; ``model`` is the hash
+    of the model that the client was told, and only the client's counts.
     """
 
     batch: int = 1
     threads: int = 1
     device: str = "cpu"
     plan: str = "default"
+    model: str | None = None
 
 
 class ServerSession(Protocol):

@@ -26,11 +26,16 @@ _BACKDATE = timedelta(minutes=5)
 """For clocks that are a little behind."""
 
 
-def make(directory: Path, *, roles: Sequence[str] = ROLES, days: int = 365) -> list[Path]:
+def make(
+    directory: Path, *, roles: Sequence[str] = ROLES, days: int = 365, folders: bool = False
+) -> list[Path]:
     """Write an authority (unless there is one) and ``ROLE.pem`` and ``ROLE.key`` per role.
 
     Keys are readable by their owner alone. ``authority.key`` is needed only to make more
     certificates: keep it away from the parties.
+
+    Args:
+        folders: write each role's files, with a copy of ``authority.pem``, into ``ROLE/``.
 
     Returns:
         the files written.
@@ -43,12 +48,22 @@ def make(directory: Path, *, roles: Sequence[str] = ROLES, days: int = 365) -> l
         written: list[Path] = []
         authority, key = _authority(directory, days, written)
         for role in roles:
-            _issue(directory, role, authority, key, days, written)
+            folder = directory / role if folders else directory
+            folder.mkdir(exist_ok=True)
+            if folders:
+                _write(folder / AUTHORITY, authority.public_bytes(Encoding.PEM), 0o644, written)
+            _issue(folder, role, authority, key, days, written)
     except FileExistsError as error:
         raise UsageError(f"{error.filename} exists already; it is not replaced") from error
     except OSError as error:
         raise UsageError(f"cannot write {directory}: {error.strerror}") from error
     return written
+
+
+def complete(directory: Path, role: str, *, folders: bool = False) -> bool:
+    """Whether the three files that ``role`` needs are where :func:`make` puts them."""
+    folder = directory / role if folders else directory
+    return all((folder / name).is_file() for name in (AUTHORITY, f"{role}.pem", f"{role}.key"))
 
 
 def _authority(

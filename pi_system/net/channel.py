@@ -31,16 +31,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BusyError, PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
+from ..errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
 from .framing import (
-    ABORT,
-    ABORT_LIMIT,
     BUFFER,
     HEADER,
     Array,
     Data,
     Deadline,
     Incoming,
+    abort_message,
     bytes_of,
     little_endian,
 )
@@ -48,7 +47,7 @@ from .framing import MAX_FRAME as MAX_FRAME
 from .framing import PeerClosed as PeerClosed
 from .link import Link, Shaped
 from .meter import Direction, Meter
-from .tls import ROLES, Identity, refused
+from .tls import ROLES, Identity, refused, role_of
 
 DEFAULT_TIMEOUT: Final = 8.0
 
@@ -69,6 +68,7 @@ class Channel:
         peer: what the peer is called in messages and in the log ("server", "client", "dealer").
         meter: counts every frame; shared by the channels of a party.
         timeout: seconds a peer may be silent; ``None`` waits for ever.
+        role: what the peer's certificate speaks for; ``None`` without TLS.
         tap: called with the direction and the payload of every whole frame (see ``net/tap.py``).
         while_silent: called several times a second with the seconds of the peer's silence, while
             its frame is waited for; may raise a :class:`PeerError`.
@@ -88,6 +88,7 @@ class Channel:
         self.peer = peer
         self.meter = Meter() if meter is None else meter
         self.timeout = timeout
+        self.role = role_of(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
         self.tap: Callable[[Direction, memoryview], None] | None = None
         self.while_silent: Callable[[float], None] | None = None
         self._raw = sock
@@ -194,14 +195,8 @@ class Channel:
         """
         if self._closed:
             return
-        kind = b"refused" if isinstance(error, RefusedError) else b"failed"
-        if isinstance(error, BusyError):
-            kind = b"busy"
-        text = " ".join(str(error).split()).encode(errors="replace")[: ABORT_LIMIT - 16]
-        payload = kind + b" " + text
-        message = HEADER.pack(ABORT) + HEADER.pack(len(payload)) + payload
         with contextlib.suppress(OSError):  # the peer will see the connection close anyway
-            self._socket.send(message)
+            self._socket.send(abort_message(error))
             self._socket.shutdown(socket.SHUT_WR)
         self.close()
 

@@ -25,6 +25,8 @@ MIN_RATE: Final = 1 << 18
 """Bytes per second that a frame under way must keep on average."""
 ABORT: Final = 0xFFFF_FFFF
 ABORT_LIMIT: Final = 1 << 10
+_TLS_RECORDS: Final = (b"\x15\x03", b"\x16\x03")
+"""How a TLS alert and a TLS handshake begin."""
 BUFFER: Final = 1 << 16
 """Bytes read ahead; a larger rest of a known array is received in place."""
 
@@ -124,6 +126,10 @@ class Incoming:
                 f"the {peer} sent a message of {size} bytes where {len(self._into)} were expected"
             )
         elif size > self._limit:
+            if bytes(self._header[:2]) in _TLS_RECORDS:
+                raise RefusedError(
+                    f"the {peer} speaks TLS and this side does not: --insecure here, --certs there"
+                )
             raise ProtocolError(
                 f"the {peer} sent a message of {size} bytes, over the limit of {self._limit}"
             )
@@ -140,6 +146,15 @@ class Incoming:
         if kind == "busy":
             raise BusyError(f"the {peer} is busy: {text}")
         raise PeerError(f"the {peer} gave up: {text}")
+
+
+def abort_message(error: Exception) -> bytes:
+    """The bytes that tell a peer why this side gives up."""
+    kinds = {RefusedError: b"refused", BusyError: b"busy"}
+    kind = next((word for cls, word in kinds.items() if isinstance(error, cls)), b"failed")
+    text = " ".join(str(error).split()).encode(errors="replace")[: ABORT_LIMIT - 16]
+    payload = kind + b" " + text
+    return HEADER.pack(ABORT) + HEADER.pack(len(payload)) + payload
 
 
 def little_endian(array: Array) -> Array:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import PeerError, PeerTimeout, RefusedError, UsageError
+from .framing import abort_message
 
 ROLES: Final = ("server", "client", "dealer")
 AUTHORITY: Final = "authority.pem"
@@ -46,6 +47,14 @@ class Identity:
             if not path.is_file():
                 raise UsageError(f"no {path}; pi-party certs makes certificates")
         return identity
+
+    def check(self) -> None:
+        """Load the files, so that unusable ones are found before anybody connects.
+
+        Raises:
+            UsageError: they cannot be used.
+        """
+        self._context(ssl.PROTOCOL_TLS_CLIENT)
 
     def accept(
         self, sock: socket.socket, *, roles: tuple[str, ...], seconds: float
@@ -82,6 +91,11 @@ class Identity:
         except OSError as error:
             _let_hear(wrapped)
             raise _named(error, who, seconds) from error
+        except RefusedError as error:
+            with contextlib.suppress(OSError):
+                wrapped.send(abort_message(error))
+            _let_hear(wrapped)
+            raise
         except BaseException:
             _let_hear(wrapped)
             raise

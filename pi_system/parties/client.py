@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends.base import Backend, Keeping, KeepingSession, Options
-from ..errors import PiError, ProtocolError, UsageError
+from ..errors import PiError, ProtocolError, RefusedError, UsageError
 from ..net.channel import Channel, connect
 from ..net.link import Link
 from ..net.meter import Meter
+from ..net.tls import Identity
 from . import commands, handshake
 from .address import Address
 from .commands import Command
@@ -31,6 +32,8 @@ class ClientSettings:
         batch: images per inference.
         threads: of this party.
         link: the emulated network on every connection; None for none.
+        identity: whom this party speaks for; ``None`` for plaintext.
+        expect_model: refuse a server whose model has another hash.
     """
 
     server: Address
@@ -41,6 +44,8 @@ class ClientSettings:
     threads: int = 1
     timeouts: Timeouts = field(default_factory=Timeouts)
     link: Link | None = None
+    identity: Identity | None = None
+    expect_model: str | None = None
 
 
 class Client:
@@ -85,6 +90,7 @@ class Client:
                         peer=peer,
                         meter=self.meter,
                         link=settings.link,
+                        identity=settings.identity,
                     )
                 )
                 for peer, address in peers
@@ -104,7 +110,13 @@ class Client:
             if dealer is not None:
                 handshake.hear(dealer, mine, role="dealer")
             self.model: PublicModel = receive_public(self._server)
-            options = Options(batch=settings.batch, threads=settings.threads)
+            if settings.expect_model not in (None, self.model.sha256):
+                raise RefusedError(
+                    f"model {settings.expect_model} expected, {self.model.sha256} at the server"
+                )
+            options = Options(
+                batch=settings.batch, threads=settings.threads, model=self.model.sha256
+            )
             self._session = settings.backend.client(self.model.graph, self._server, dealer, options)
         except BaseException as error:
             self._end(error)

@@ -54,6 +54,8 @@ class Dealer:
                 meter=Meter(log=self._settings.log_frames),
                 timeout=self._settings.timeouts.hello,
                 link=self._settings.link,
+                identity=self._settings.identity,
+                roles=("server", "client"),
             )
 
         def tend() -> None:
@@ -83,6 +85,8 @@ class Dealer:
                     meter=Meter(log=self._settings.log_frames),
                     timeout=self._settings.timeouts.hello,
                     link=self._settings.link,
+                    identity=self._settings.identity,
+                    roles=("server", "client"),
                 )
             except PeerTimeout:
                 continue

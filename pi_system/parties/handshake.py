@@ -1,8 +1,10 @@
 """Who is there: the first message on every connection, and the refusal of every difference.
 
 The party that connects speaks first. The client draws the session's name; the server takes it,
-and the batch size, over into its own hello to the dealer, which pairs the two. Threads and
-devices are each party's own choice and are not compared.
+and the batch size, over into its own hello to the dealer, which pairs the two. Over TLS the role
+must be the one in the certificate. Threads and devices are each party's own choice and are not
+compared. The model's hash and the plan are the server's to say; the backend has all three compare
+what they were told before anything depends on it.
 """
 
 from __future__ import annotations
@@ -117,6 +119,11 @@ def _parse(channel: Channel) -> Hello:
         raise RefusedError(f"batch of 1 to {MAX_BATCH} here, {_brief(hello.batch)} asked for")
     if type(hello.dealer) is not bool:
         raise ProtocolError(f"the {channel.peer} sent a malformed hello")
+    if channel.role not in (None, hello.role):
+        raise RefusedError(
+            f"role {hello.role!r} in the hello, {channel.role!r} in the certificate of the "
+            f"{channel.peer}"
+        )
     return hello
 
 

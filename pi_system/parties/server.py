@@ -52,6 +52,8 @@ def host(listener: Listener, settings: ServerSettings, journal: Journal) -> Host
             meter=Meter(log=settings.log_frames),
             timeout=settings.timeouts.hello,
             link=settings.link,
+            identity=settings.identity,
+            roles=("client",),
         )
 
     def serve(client: Channel) -> None:
@@ -75,6 +77,8 @@ def serve_once(
         meter=Meter(log=settings.log_frames),
         timeout=settings.timeouts.hello,
         link=settings.link,
+        identity=settings.identity,
+        roles=("client",),
     )
     _Session(client, settings, journal or Journal("server"), None).run()
     return client.meter
@@ -179,6 +183,7 @@ class _Session:
                     peer="dealer",
                     meter=self._meter,
                     link=settings.link,
+                    identity=settings.identity,
                 )
             )
             self._channels.append(dealer)

@@ -26,6 +26,7 @@ from ..backends.base import Backend
 from ..errors import BusyError, PeerError, PiError
 from ..net.channel import Channel, Listener
 from ..net.link import Link
+from ..net.tls import Identity
 from .admission import STOPPING, Admission, Limits
 from .journal import Journal
 from .timeouts import Timeouts
@@ -45,6 +46,7 @@ class ServingSettings:
         threads: of this party.
         device: torch device of the linear layers.
         link: the emulated network on every connection; None for none.
+        identity: whom this party speaks for; ``None`` for plaintext.
         log_frames: keep the log of frames for :class:`Meter`'s readers.
         limits: of sessions at once.
         drain: seconds for running requests to end when the party is stopped.
@@ -56,6 +58,7 @@ class ServingSettings:
     device: str = "cpu"
     timeouts: Timeouts = field(default_factory=Timeouts)
     link: Link | None = None
+    identity: Identity | None = None
     log_frames: bool = False
     limits: Limits = field(default_factory=Limits)
     drain: float = 30.0

@@ -105,7 +105,7 @@ def test_a_client_needs_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pi_system.cli import common, party\n"
         f"code = common.run(party.cli, ['client', {at}, '--images', 'x.npy', "
-        "'--backend', 'toy_backends:Plain'])\n"
+        "'--backend', 'toy_backends:Plain', '--insecure'])\n"
         "assert code == 5 and 'torch' not in sys.modules and 'pi_system.models' in sys.modules"
     )
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]

@@ -55,7 +55,7 @@ def images(tmp_path: Path, toy_images: npt.NDArray[np.float32]) -> str:
     return str(tmp_path / "images.npy")
 
 
-TOY = ("--backend", "toy_backends:Plain")
+TOY = ("--backend", "toy_backends:Plain", "--insecure")
 
 
 def test_one_client_after_another_and_a_bad_one_between(
@@ -146,7 +146,10 @@ def test_a_port_in_use_a_bad_address_and_an_unknown_backend(start: Start, toy_mo
             (start("server", *model, "--listen", taken, *TOY), "the port is in use"),
             (start("dealer", "--listen", taken, *TOY), "the port is in use"),
             (start("dealer", "--listen", "7000", *TOY), "'7000' is no address"),
-            (start("dealer", "--listen", "127.0.0.1:0", "--backend", "x"), "unknown backend 'x'"),
+            (
+                start("dealer", "--listen", "127.0.0.1:0", "--backend", "x", "--insecure"),
+                "unknown backend 'x'",
+            ),
             (start("dealer"), "Missing option '--listen'"),
         ]
         for process, text in cases:
@@ -189,7 +192,7 @@ def test_without_crypten_its_backend_says_how_to_get_it() -> None:
         "import sys\nsys.modules['crypten'] = None\n"
         "from pi_system.cli import common, party\n"
         "sys.exit(common.run(party.cli, ['dealer', '--backend', 'crypten',"
-        " '--listen', '127.0.0.1:0']))"
+        " '--listen', '127.0.0.1:0', '--insecure']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

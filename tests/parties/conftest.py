@@ -84,7 +84,7 @@ def deploy(
             *options: str, dealer: tuple[str, ...] = (), backend: str = "toy_backends:Plain",
             model: str | None = None,
         ) -> Deployed:  # fmt: skip
-            common = ("--listen", "127.0.0.1:0", "--backend", backend)
+            common = ("--listen", "127.0.0.1:0", "--backend", backend, "--insecure")
             dealers = start("dealer", *common, *dealer)
             server = start(
                 "server", "--model", model or str(toy_model), "--dealer", str(dealers.at),

@@ -96,7 +96,7 @@ def session(
             return f"{ready['host']}:{ready['port']}"
 
         party = ("-m", "pi_system.cli.party")
-        serving = ("--listen", "127.0.0.1:0", "--backend", backend)
+        serving = ("--listen", "127.0.0.1:0", "--backend", backend, "--insecure")
         dealer = start(*party, "dealer", *serving)
         dealer_at = address(dealer)
         server = start(*party, "server", *serving, "--model", str(model), "--dealer", dealer_at)

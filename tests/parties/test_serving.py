@@ -99,7 +99,7 @@ def test_beyond_the_limit_a_client_waits_and_beyond_the_queue_it_is_told(
     first = Client(made.client())
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(Client, made.client())
-        wait_until_waiting(made, 1)
+        time.sleep(0.5)  # it waits in the queue now
         with pytest.raises(BusyError, match="the server is busy: 1 sessions run and 1 wait"):
             Client(made.client())
         assert not second.done()
@@ -110,11 +110,6 @@ def test_beyond_the_limit_a_client_waits_and_beyond_the_queue_it_is_told(
             with pytest.raises(BusyError, match=r"1 sessions run, and none ended within 2\.4 s"):
                 Client(made.client())
     assert BusyError.exit_code == 5
-
-
-def wait_until_waiting(made: Any, count: int) -> None:
-    """Until so many sessions beyond those served wait at the server, as the dealer sees it."""
-    time.sleep(0.5)
 
 
 def test_one_client_cannot_take_all_places(deploy: Deploy) -> None:

@@ -8,8 +8,21 @@ from pathlib import Path
 import pytest
 
 from pi_system.errors import UsageError
-from training import recipe
+from training import methods, recipe
 from training.recipe import Schedule
+
+# Of the students of benchmarks/senet.toml at 7,000 ReLUs, seed 1.
+PUBLISHED = {
+    "uniform-random": "1d081b0768158ce9",
+    "senet-random": "efb838b5b68a6b8e",
+    "snl": "d33260c21dc1cb20",
+    "senet": "2743a288abef592a",
+    "senet+": "febd409ab00745aa",
+    "senet-mismatch": "ff4734abfb1046d1",
+    "taylor-oneshot": "7856330757587adc",
+    "taylor-progressive": "3b355f877804de8c",
+    "taylor-search-oneshot": "9bd437b28638f181",
+}
 
 
 @pytest.mark.parametrize("name", recipe.bundled())
@@ -82,3 +95,26 @@ def test_schedules() -> None:
     assert [cosine.at(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([2.0, 1.5, 1.0])
     steps = Schedule("steps", 1.0, milestones=(0.5, 0.75), decay=0.1)
     assert [steps.at(x) for x in (0.0, 0.5, 0.8)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_digests_of_published_results_stay() -> None:
+    """Results name the digest of their recipe: a setting added later must not change it."""
+    assert [recipe.load("cifar100-resnet10-w16").digest(stage)[:16] for stage in recipe.STAGES] == [
+        "3516b7b3afa5084d",
+        "b9eeda8d3ea48c91",
+        "bc4c10d5a9f0f519",
+        "77fdbd1aaefd9875",
+    ]
+    demo = recipe.load("cifar100-resnet18-w16")
+    assert demo.digest("finetune")[:16] == "fc3056863766bde7"
+    base = recipe.load("cifar100-resnet10-w16")
+    found = {m: methods.apply(base, m, 7000, 1).digest("finetune")[:16] for m in PUBLISHED}
+    assert found == PUBLISHED
+
+
+def test_widths_belong_to_fine_tuning_alone(recipe_path: Path) -> None:
+    base = recipe.load(str(recipe_path))
+    wide = dataclasses.replace(base, widths=recipe.Widths((0.5, 1.0)))
+    for stage in recipe.STAGES[:3]:
+        assert wide.digest(stage) == base.digest(stage)
+    assert wide.digest("finetune") != base.digest("finetune")

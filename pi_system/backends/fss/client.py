@@ -19,6 +19,7 @@ from . import masks, offline, online, pairing, prg
 from .material import ClientMaterial
 from .public import MAX_RETRIES, Public, receive_plan
 from .ring import Words, decode, encode
+from .source import SYSTEM, Source
 from .store import Claimed, Step, Stock, Store
 from .wide import WideConv
 
@@ -33,12 +34,14 @@ class Client:
         dealer: Channel | None,
         options: Options,
         store: Store | None = None,
+        source: Source = SYSTEM,
     ) -> None:
         self._graph = public
         self._server = server
         self._dealer = dealer
         self._options = options
         self._store = store
+        self._source = source
         self._claimed: Claimed[ClientMaterial] = Claimed()
         self._paired: Stock[ClientMaterial] | None = None
         self._b: dict[str, WideConv] = {}
@@ -47,6 +50,11 @@ class Client:
 
     def setup(self) -> None:
         public = receive_plan(self._server, self._graph, self._options.batch)
+        if self._options.model not in (None, public.model):
+            raise RefusedError(
+                f"the server's plan is for the model {public.model}, it announced "
+                f"{self._options.model}"
+            )
         seed = self._server.recv(prg.SEED_BYTES)
         if len(seed) != prg.SEED_BYTES:
             raise ProtocolError("the server sent no seed")
@@ -105,7 +113,8 @@ class Client:
         request = {"count": len(made), "first": made.start, "digest": public.digest}
         self._dealer.send_json(request)
         for inference in made:
-            add(inference, offline.make(public, self._b, inference, self._server, self._dealer))
+            channels = self._server, self._dealer
+            add(inference, offline.make(public, self._b, inference, *channels, self._source))
 
     def online(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         public = self._ready()

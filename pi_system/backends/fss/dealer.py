@@ -11,8 +11,8 @@ from ...net.framing import PeerClosed
 from ..base import Options
 from . import device, offline, packing, prg
 from .device import Product
-from .masks import Bundle
 from .public import Public, agree, receive_graph
+from .source import SYSTEM, Source
 
 MAX_COUNT = 1 << 20
 
@@ -20,7 +20,10 @@ MAX_COUNT = 1 << 20
 class Dealer:
     """A dealer's session; see :class:`pi_system.backends.base.DealerSession`."""
 
-    def __init__(self, server: Channel, client: Channel, options: Options) -> None:
+    def __init__(
+        self, server: Channel, client: Channel, options: Options, source: Source = SYSTEM
+    ) -> None:
+        self._source = source
         self._server = server
         self._client = client
         self._options = options
@@ -59,5 +62,6 @@ class Dealer:
                 if len(head) != 8 + prg.SEED_BYTES:
                     raise ProtocolError("the client sent no seed")
                 inference = int.from_bytes(head[:8], "little")
-                bundle = Bundle(head[8:], public.model, inference)
-                offline.deal(public, blinded, bundle, self._server, self._client)
+                bundle = self._source.bundle(public, head[8:], inference)
+                channels = self._server, self._client
+                offline.deal(public, blinded, bundle, *channels, self._source)

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...net.channel import Channel
-from . import masks, packing, prg, relu
+from . import masks, packing, relu
 from .device import Product
 from .masks import Bundle, GateMasks, LinearMasks
 from .material import ClientMaterial, ServerMaterial
-from .prg import Stream
 from .program import Conv, Relu
 from .public import Public
 from .ring import Words
+from .source import SYSTEM, Source
 
 
 def receive(
@@ -53,16 +53,21 @@ def receive(
 
 
 def make(
-    public: Public, b: Mapping[str, Product], inference: int, server: Channel, dealer: Channel
+    public: Public,
+    b: Mapping[str, Product],
+    inference: int,
+    server: Channel,
+    dealer: Channel,
+    source: Source = SYSTEM,
 ) -> ClientMaterial:
     """The client's part.
 
     Args:
         b: the convolution with b per linear operation.
     """
-    seed = prg.fresh_seed()
+    seed = source.seed()
     dealer.send(inference.to_bytes(8, "little") + seed)
-    bundle = Bundle(seed, public.model, inference)
+    bundle = source.bundle(public, seed, inference)
     gates: dict[str, tuple[relu.Share, Words]] = {}
     for item in masks.walk(public.lowered, public.plan, bundle, public.batch):
         if isinstance(item, LinearMasks):
@@ -89,13 +94,14 @@ def deal(
     bundle: Bundle,
     server: Channel,
     client: Channel,
+    source: Source = SYSTEM,
 ) -> None:
     """The dealer's part.
 
     Args:
         blinded: the convolution with W' per linear operation.
     """
-    own = prg.fresh_seed()
+    own = source.seed()
     for item in masks.walk(public.lowered, public.plan, bundle, public.batch):
         if isinstance(item, LinearMasks):
             n = public.plan.convs[item.op.out].n
@@ -107,7 +113,7 @@ def deal(
                 width,
                 item.c,
                 bundle.stream(item.op.out, "gate"),
-                Stream(own, bundle.inference, item.op.out, "dealer"),
+                source.private(own, bundle.inference, item.op.out),
             )
             server.send(message)
             client.send_array(corrections)

@@ -12,6 +12,7 @@ from .client import Client
 from .dealer import Dealer
 from .prepared import Workshop
 from .server import Server
+from .source import SYSTEM, Source
 from .store import Store
 
 
@@ -25,7 +26,8 @@ class FssBackend:
 
     name = "fss"
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source = SYSTEM) -> None:
+        self._source = source
         self._store: Store | None = None
         self._workshop = Workshop()
 
@@ -41,17 +43,17 @@ class FssBackend:
         self, graph: Graph, client: Channel, dealer: Channel | None, options: Options
     ) -> Server:
         _check(options)
-        return Server(graph, client, dealer, options, self._store, workshop=self._workshop)
+        return Server(graph, client, dealer, options, self._store, self._source, self._workshop)
 
     def client(
         self, public: Graph, server: Channel, dealer: Channel | None, options: Options
     ) -> Client:
         _check(options)
-        return Client(public, server, dealer, options, self._store)
+        return Client(public, server, dealer, options, self._store, self._source)
 
     def dealer(self, server: Channel, client: Channel, options: Options) -> Dealer:
         _check(options)
-        return Dealer(server, client, options)
+        return Dealer(server, client, options, self._source)
 
 
 def _check(options: Options) -> None:

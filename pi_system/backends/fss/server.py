@@ -10,7 +10,7 @@ from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import offline, packing, pairing, plan, prg, program, weights
+from . import offline, packing, pairing, plan, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
@@ -22,6 +22,7 @@ from .prepared import Workshop
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
+from .source import SYSTEM, Source
 from .store import Claimed, Step, Stock, Store
 from .wide import from_panels, panel_shape
 
@@ -43,6 +44,7 @@ class Server:
         dealer: Channel | None,
         options: Options,
         store: Store | None = None,
+        source: Source = SYSTEM,
         workshop: Workshop | None = None,
     ) -> None:
         self._graph = graph
@@ -51,6 +53,7 @@ class Server:
         self._options = options
         self._store = store
         self._workshop = workshop or Workshop()
+        self._source = source
         self._claimed: Claimed[ServerMaterial] = Claimed()
         self._paired: Stock[ServerMaterial] | None = None
         self._convs: dict[str, RingConv] = {}
@@ -63,7 +66,7 @@ class Server:
         prepared = self._workshop.get(graph, self._options, self._plan)
         public = prepared.public
         lowered, chosen = public.lowered, public.plan
-        seed = prg.fresh_seed()
+        seed = self._source.seed()
         send_plan(self._client, public)
         self._client.send(seed)
         if self._dealer is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
@@ -136,3 +136,23 @@ def between(messages: Iterator[Message], sender: Role, receiver: Role) -> list[M
 
 def _seed(name: str) -> Field:
     return Field(name, prg.SEED_BYTES, 8, "itself: drawn by the operating system")
+
+
+LEARNS: Final[dict[Role, tuple[str, ...]]] = {
+    "server": (
+        "when an inference happens, its id and its batch size",
+        "of images and answers nothing: all it receives is uniform, also if it deviates",
+    ),
+    "client": (
+        "architecture, mask positions and plan (public to all three), and the model's hash",
+        "the answer: logits to as many bits as the plan says, or that a retry is needed",
+        "of the weights nothing beyond what answers tell",
+    ),
+    "dealer": (
+        "architecture, mask positions and plan (public to all three), and the model's hash",
+        "how many inferences material is made for, and when",
+        "of weights nothing while it has not the seed of b, of images and answers nothing",
+    ),
+}
+"""What each party learns if it follows the protocol and shares with nobody: docs/protocol.md,
+section 7."""

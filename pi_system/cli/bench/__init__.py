@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from .. import common
+from .audit import audit
 from .compare import compare
 from .env import env
 from .regress import regress
@@ -25,7 +26,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress):
+for _command in (run, compare, sweep, env, regress, audit):
     cli.add_command(_command)
 
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from .. import common
+from .certs import certs
 from .client import client
 from .dealer import dealer
 from .server import server
@@ -20,19 +21,20 @@ def cli() -> None:
     A third party, the dealer, hands out correlated randomness; it sees neither, and must not
     collude with either.
 
-    \b
-    Links between the parties are NOT ENCRYPTED yet (TLS is to come): an eavesdropper on them
-    breaks the protocol. Use loopback or a network you trust.
+    All links are TLS 1.3, and each party shows a certificate for its role (pi-party certs).
 
     \b
     On two hosts (the dealer on the server's, for a trial only):
-      server$  pi-party dealer --listen 10.0.0.5:7001
-      server$  pi-party server --model demo --listen 10.0.0.5:7000 --dealer 10.0.0.5:7001
-      client$  pi-party client --server 10.0.0.5:7000 --dealer 10.0.0.5:7001 --images x.npy
+      any$     pi-party certs certs --folders    # give each host its roles' folders
+      server$  pi-party dealer --listen 10.0.0.5:7001 --certs certs/dealer
+      server$  pi-party server --model demo --listen 10.0.0.5:7000 --dealer 10.0.0.5:7001 \\
+                 --certs certs/server
+      client$  pi-party client --server 10.0.0.5:7000 --dealer 10.0.0.5:7001 --images x.npy \\
+                 --certs certs/client
     """
 
 
-for _command in (server, dealer, client):
+for _command in (server, dealer, client, certs):
     cli.add_command(_command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def _sha256(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+        raise click.BadParameter("64 hexadecimal digits in lower case are a SHA-256")
+    return value
+
+
 @click.command()
 @click.option("--server", required=True, metavar="HOST:PORT", help="Where the server listens.")
 @click.option(
@@ -28,6 +35,10 @@ if TYPE_CHECKING:
     metavar="FILE.npy",
     help="(N, C, H, W): normalised float32, or raw uint8; '-' for stdin.",
 )
+@click.option(
+    "--expect-model", metavar="SHA256", callback=_sha256,
+    help="Refuse a server whose model has another hash.",
+)  # fmt: skip
 @options.store
 @click.option(
     "--prepare", type=click.IntRange(1), metavar="N",
@@ -46,11 +57,13 @@ if TYPE_CHECKING:
     help="Inferences before these that are not reported.",
 )  # fmt: skip
 @options.party
+@options.secure
 @common.output_options
 def client(
     server: str,
     dealer: str | None,
     images: str | None,
+    expect_model: str | None,
     store: Path | None,
     prepare: int | None,
     batch: int,
@@ -62,22 +75,24 @@ def client(
     prepare_timeout: float,
     network: str,
     exit_with_parent: bool,
+    certs: Path | None,
+    insecure: bool,
     format_: str,
     output: Path | None,
 ) -> None:
     """Classify images with a server's model without showing them to it.
 
-    Prints the predictions; --format json adds times and every message's size. Links are not
-    encrypted yet.
+    Prints the predictions; --format json adds times and every message's size.
 
     \b
     Example:
-      pi-party client --server 127.0.0.1:7000 --dealer 127.0.0.1:7001 --images images.npy
+      pi-party client --server 10.0.0.5:7000 --dealer 10.0.0.9:7001 --certs certs --images x.npy
 
     \b
     Dealing first, and classifying later without the dealer (the server has a --store too):
-      pi-party client --server 127.0.0.1:7000 --dealer 127.0.0.1:7001 --store stock --prepare 8
-      pi-party client --server 127.0.0.1:7000 --store stock --images images.npy
+      export PI_PARTY_CERTS=certs
+      pi-party client --server 10.0.0.5:7000 --dealer 10.0.0.9:7001 --store stock --prepare 8
+      pi-party client --server 10.0.0.5:7000 --store stock --images x.npy
     """
     options.prepare(threads, False)
     common.check_output(output)
@@ -94,18 +109,24 @@ def client(
     from ...parties.address import parse_address
     from ...parties.client import ClientSettings
 
+    server_at = parse_address(server)
+    dealer_at = None if dealer is None else parse_address(dealer)
+    hosts = [at.host for at in (server_at, dealer_at) if at is not None]
+    identity = options.identity("client", certs, insecure, *hosts)
     implementation = base.get(backend)
     if store is not None:
         base.open_store(implementation, store, "client")
     settings = ClientSettings(
-        server=parse_address(server),
-        dealer=None if dealer is None else parse_address(dealer),
+        server=server_at,
+        dealer=dealer_at,
         backend=implementation,
         backend_name=backend,
         batch=batch,
         threads=threads,
         timeouts=options.timeouts(timeout, prepare_timeout),
         link=parse(network),
+        identity=identity,
+        expect_model=expect_model,
     )
     if images is None:
         if exit_with_parent:

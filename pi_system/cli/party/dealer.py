@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from . import options
@@ -13,6 +15,7 @@ from . import options
 )
 @options.serving
 @options.party
+@options.secure
 def dealer(
     listen: str,
     once: bool,
@@ -29,17 +32,20 @@ def dealer(
     prepare_timeout: float,
     network: str,
     exit_with_parent: bool,
+    certs: Path | None,
+    insecure: bool,
 ) -> None:
     """Hand out correlated randomness to pairs of a server and a client.
 
-    Prints one JSON line with host and port when ready. Links are not encrypted yet.
+    Prints one JSON line with host and port when ready.
 
     \b
     Example:
-      pi-party dealer --listen 127.0.0.1:7001
+      pi-party dealer --listen 10.0.0.9:7001 --certs certs
     """
     options.prepare(threads, exit_with_parent)
     with options.listener(listen) as listener:
+        identity = options.identity("dealer", certs, insecure, listener.host)
         from ...backends import base
         from ...net.link import parse
         from ...parties import dealer as party
@@ -55,6 +61,7 @@ def dealer(
             log_frames=stats is not None,
             limits=options.limits(sessions, queue, per_client, timeout),
             drain=drain,
+            identity=identity,
         )
         serving = party.Dealer(listener, settings, options.journal("dealer", log, once))
         if not once:

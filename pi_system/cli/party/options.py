@@ -17,12 +17,15 @@ from ...backends import DEFAULT
 
 if TYPE_CHECKING:
     from ...net.channel import Listener
+    from ...net.tls import Identity
     from ...parties.admission import Limits
     from ...parties.journal import Format, Journal
     from ...parties.serving import Host
     from ...parties.timeouts import Timeouts
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+CERTS_VARIABLE = "PI_PARTY_CERTS"
 
 
 def party(function: F) -> F:
@@ -67,6 +70,58 @@ def party(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def secure(function: F) -> F:
+    """How links are protected: ``--certs`` or ``--insecure``; see :func:`identity`."""
+    for option in (
+        click.option(
+            "--insecure",
+            is_flag=True,
+            help="No encryption and no identities; only between parties on this machine.",
+        ),
+        click.option(
+            "--certs",
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="DIR",
+            envvar=CERTS_VARIABLE,
+            help=f"Certificates of this deployment, see pi-party certs; or ${CERTS_VARIABLE}.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def identity(role: str, certs: Path | None, insecure: bool, *hosts: str) -> Identity | None:
+    """Whom this party speaks for, or ``None`` for plaintext.
+
+    ``--insecure`` overrules the environment's directory of certificates.
+
+    Args:
+        hosts: where this party listens and connects to.
+
+    Raises:
+        UsageError: neither or both are given, a file is missing, or plaintext would leave this
+            machine.
+    """
+    from ...errors import UsageError
+    from ...net.tls import Identity, require_loopback
+
+    if insecure:
+        context = click.get_current_context()
+        if context.get_parameter_source("certs") is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError("give --certs or --insecure, not both")
+        for host in hosts:
+            require_loopback(host)
+        return None
+    if certs is None:
+        raise UsageError(
+            "give --certs DIR (pi-party certs makes them) or, where all parties are on this "
+            "machine, --insecure"
+        )
+    identity = Identity.of(certs, role)
+    identity.check()
+    return identity
 
 
 def store(function: F) -> F:

@@ -24,6 +24,7 @@ from . import options
 )  # fmt: skip
 @options.serving
 @options.party
+@options.secure
 def server(
     model: str,
     listen: str,
@@ -45,14 +46,16 @@ def server(
     prepare_timeout: float,
     network: str,
     exit_with_parent: bool,
+    certs: Path | None,
+    insecure: bool,
 ) -> None:
     """Own the model and serve clients, several at once.
 
-    Prints one JSON line with host and port when ready. Links are not encrypted yet.
+    Prints one JSON line with host and port when ready.
 
     \b
     Example:
-      pi-party server --model demo --listen 127.0.0.1:7000 --dealer 127.0.0.1:7001
+      pi-party server --model demo --listen 10.0.0.5:7000 --dealer 10.0.0.9:7001 --certs certs
     """
     options.prepare(threads, exit_with_parent)
     from ...net.link import parse
@@ -60,6 +63,7 @@ def server(
 
     dealer_at = parse_address(dealer)
     with options.listener(listen) as listener:
+        identity = options.identity("server", certs, insecure, listener.host, dealer_at.host)
         from ...backends import base
         from ...models import resolve
         from ...parties import server as party
@@ -83,6 +87,7 @@ def server(
             log_frames=stats is not None,
             limits=options.limits(sessions, queue, per_client, timeout),
             drain=drain,
+            identity=identity,
         )
         journal = options.journal("server", log, once)
         if not once:

@@ -28,6 +28,7 @@ from pi_system.backends.fss import (
     store,
 )
 from pi_system.backends.fss.plan import HIGH, Precision, calibrated
+from pi_system.backends.fss.public import Public, agree, send_plan
 from pi_system.backends.fss.server import PLAN_KEY
 from pi_system.errors import IntegrityError, PiError, ProtocolError, RefusedError, UsageError
 from pi_system.graph import serialize
@@ -68,7 +69,7 @@ def test_every_kernel_gives_the_same_session(seed: int, monkeypatch: pytest.Monk
         drawn: Counter[str] = Counter()
 
         def seeded(drawn: Counter[str] = drawn) -> bytes:
-            who = sys._getframe(1).f_code.co_name  # one function of each party draws
+            who = sys._getframe(2).f_code.co_name  # one function of each party draws
             drawn[who] += 1
             return hashlib.sha256(f"{who} {drawn[who]}".encode()).digest()[:16]
 
@@ -142,6 +143,23 @@ def test_a_plan_the_model_lacks_is_refused(
     a, b = channel_pair(names=("server", "client"))
     with a, b, pytest.raises(error, match="plan"):
         server.Server(graph, a, a, Options(plan=name)).setup()
+
+
+def test_parties_told_different_things_are_refused_with_both_named() -> None:
+    graph, plan = planned(residual())
+    told, other = (
+        Public(graph.public(), program.build(graph), plan, name * 64, 1) for name in "ab"
+    )
+    a, b = channel_pair(names=("server", "client"))
+    with a, b:
+        send_plan(a, told)
+        asked = client.Client(graph.public(), b, None, Options(model="b" * 64))
+        with pytest.raises(RefusedError, match=f"{'a' * 64}.*{'b' * 64}"):
+            asked.setup()
+    digests = f"{told.digest[:16]}.*{other.digest[:16]}"
+    with pytest.raises(RefusedError, match=digests):
+        agree(told.digest, other, "client")
+    assert told.digest != dataclasses.replace(told, batch=2).digest
 
 
 def test_the_registry_knows_the_backend() -> None:
