@@ -12,6 +12,7 @@ from .audit import audit
 from .compare import compare
 from .env import env
 from .regress import regress
+from .report import report
 from .run import run
 from .sweep import sweep
 
@@ -26,7 +27,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress, audit):
+for _command in (run, compare, sweep, env, regress, report, audit):
     cli.add_command(_command)
 
 
