@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
+from ...errors import RefusedError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
@@ -19,15 +18,12 @@ from .material import ServerMaterial
 from .online import Run
 from .packing import Reader
 from .plan import PLAN_KEY as PLAN_KEY
-from .plan import PRECISIONS, Plan
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
 from .source import SYSTEM, Source
 from .store import Claimed, Step, Stock, Store
 from .wide import from_panels, panel_shape
-
-_log = logging.getLogger(__name__)
 
 
 class Server:
@@ -63,7 +59,7 @@ class Server:
     def setup(self) -> None:
         graph = self._graph
         lowered = program.build(graph)
-        chosen = self._plan()
+        chosen = plan.of_graph(graph, lowered, self._options.plan)
         public = Public(graph.public(), lowered, chosen, graph.sha256(), self._options.batch)
         seed = self._source.seed()
         send_plan(self._client, public)
@@ -90,26 +86,6 @@ class Server:
         agree(self._client.recv_json(), public, "client")
         self._paired = pairing.meet_client(self._store, public, self._client)
         self._public = public
-
-    def _plan(self) -> Plan:
-        name = self._options.plan
-        if name not in PRECISIONS:
-            raise UsageError(f"no plan {name!r}: there are {', '.join(PRECISIONS)}")
-        graph = self._graph
-        stored = graph.metadata.get(PLAN_KEY)
-        if stored is None:
-            _log.warning(
-                "%s has no fixed-point plan: calibrated on synthetic images, which natural ones "
-                "may exceed; pi-export --calibrate makes one from samples",
-                graph.metadata.get("name", "the model"),
-            )
-            return plan.calibrate(graph, plan.synthetic_images(graph), PRECISIONS[name])
-        if not isinstance(stored, Mapping) or name not in stored:
-            raise UsageError(f"the model was exported without a {name} plan; export it again")
-        try:
-            return Plan.from_json(stored[name], program.build(graph))
-        except ProtocolError as error:
-            raise IntegrityError(f"the model's {name} plan: {error}") from error
 
     def offline(self, count: int) -> None:
         step = self._follow(count, claim=True)
