@@ -9,6 +9,7 @@ import click
 
 from .. import common
 from .audit import audit
+from .budget import budget
 from .compare import compare
 from .env import env
 from .regress import regress
@@ -26,7 +27,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress, audit):
+for _command in (run, compare, sweep, env, regress, audit, budget):
     cli.add_command(_command)
 
 
