@@ -12,6 +12,11 @@ static unsigned detect(void) {
     if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_AES)) features |= FSS_AES;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & (1u << 9)) && (features & FSS_AES))
         features |= FSS_VAES;
+    if ((features & FSS_VAES) && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vpopcntdq"))
+        features |= FSS_AVX512;
     return features;
 }
 #else

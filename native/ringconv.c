@@ -122,7 +122,7 @@ struct chunk {
     int32_t offset, pairs, carry;
 };
 
-/* Truncation to the words above the f lowest bits, and the zone check; see fss_finish. */
+/* Truncation to the words above the f lowest bits, and the zone check; see ring.py. */
 struct finish {
     bool on;
     int f, spare;

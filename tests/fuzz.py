@@ -43,8 +43,7 @@ import numpy as np
 from fss_networks import Builder, planned
 
 from pi_system import config
-from pi_system.backends.fss import kernels, packing, pairing, prg, program, relu, store
-from pi_system.backends.fss.packing import Reader
+from pi_system.backends.fss import batch, kernels, packing, pairing, prg, program, relu, store
 from pi_system.backends.fss.party import FssBackend
 from pi_system.backends.fss.plan import Plan
 from pi_system.backends.fss.prg import Stream
@@ -55,6 +54,7 @@ from pi_system.graph import serialize
 from pi_system.graph.ir import Graph
 from pi_system.net import channel as channels
 from pi_system.net.channel import Channel, PeerClosed
+from pi_system.net.meter import Clock
 from pi_system.parties import client as client_party
 from pi_system.parties import commands, handshake, images, public
 from pi_system.parties import dealer as dealer_party
@@ -71,7 +71,7 @@ ROOM = 512 << 20
 LIVE_SHARE = 0.04
 """Sessions are a hundred times slower than decoders; this share of the frames goes to them."""
 HEADER = struct.Struct("<I")
-LEVELS = ("numpy", "portable", "avx2", "auto")
+LEVELS = ("numpy", "portable", "avx2", "vaes", "auto")
 
 
 class Hang(BaseException):
@@ -307,9 +307,12 @@ def _gate_targets() -> list[Target]:
     )
     delta, at_server = relu.read_server_share(width, count, message)
     at_client = relu.client_share(width, count, Stream(shared, "gate"), corrections)
-    source = Stream(shared, "s").words(count)
-    opened, signs, down = relu.opening(at_server, delta, source, None)
-    up = relu.answer(at_client, source, Reader(down))
+    source, gates = Stream(shared, "s").words(count), slice(0, count)
+    opened = relu.opening(at_server, gates, delta, source, None)
+    down, up = (relu.sign_bits(share, gates, opened) for share in (at_server, at_client))
+    masked = relu.answer(at_client, gates, opened, up, down, source)
+    op = program.Relu("relu", ("x",), (count,), np.arange(count))
+    parts = batch.parts([op], 1)
 
     def unanimous(work: Callable[[], Any]) -> None:
         """Every kernel gives the same bytes or refuses."""
@@ -339,19 +342,28 @@ def _gate_targets() -> list[Target]:
         unanimous(work)
 
     def answered(data: bytes) -> None:
+        """X, then the server's bits."""
+        cut = len(opened)
+
         def work() -> bytes:
-            reader = Reader(data)
-            made = relu.answer(at_client, source, reader)
-            reader.done()
-            return made
+            sent: list[bytes] = []
+            with scripted(frame(data[:cut]) + frame(data[cut:])) as made:
+                made.tap = lambda way, payload: sent.append(
+                    bytes(payload) if way == "sent" else b""
+                )
+                batch.answer(parts, {"relu": (at_client, source)}, made, Clock(made.meter))
+            return sent[-1]
 
         unanimous(work)
 
     def closed(data: bytes) -> None:
         def work() -> bytes:
-            reader, target = Reader(data), np.zeros(count, np.uint64)
-            relu.closing(at_server, opened, signs, reader, target, None)
-            reader.done()
+            target = np.zeros(count, np.uint64)
+            with scripted(frame(data)) as made:
+                batch.ServerBatch(
+                    parts, {"relu": (delta, at_server)}, {"relu": source}, {"relu": None},
+                    {"relu": target}, made, Clock(made.meter),
+                ).run()  # fmt: skip
             return packing.pack(target, width.n)
 
         unanimous(work)
@@ -362,8 +374,8 @@ def _gate_targets() -> list[Target]:
                lambda d: relu.read_corrections(width, count, d)),
         Target("packed values", [bytes([w]) + packing.pack(c, w) for w in (1, 7, 8, 13, 55, 64)],
                unpacked),
-        Target("opening", [down], answered),
-        Target("closing", [up], closed),
+        Target("opening", [bytes(opened) + bytes(down)], answered),
+        Target("closing", [bytes(up) + bytes(masked)], closed),
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import select
 import socket
 import ssl
@@ -52,6 +53,8 @@ DEFAULT_TIMEOUT: Final = 8.0
 
 _MAX_JSON: Final = 1 << 20
 _SMALL: Final = 1 << 14
+_OTHERS: Final = 2e-5
+"""Seconds of a yield after which somebody else must have had the processor."""
 _WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -64,6 +67,8 @@ class Channel:
         peer: what the peer is called in messages and in the log ("server", "client", "dealer").
         meter: counts every frame; shared by the channels of a party.
         timeout: seconds a peer may be silent; ``None`` waits for ever.
+        spin: seconds to keep asking for bytes before sleeping until some come; see
+            :meth:`spinning`.
         role: what the peer's certificate speaks for; ``None`` without TLS.
         tap: called with the direction and the payload of every whole frame (see ``net/tap.py``).
 
@@ -82,12 +87,15 @@ class Channel:
         self.peer = peer
         self.meter = Meter() if meter is None else meter
         self.timeout = timeout
+        self.spin = 0.0
         self.role = role_of(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
         self.tap: Callable[[Direction, memoryview], None] | None = None
         self._socket = sock if link is None else Shaped(sock, link)
         self._closed = self._failed = False
         self._buffer = bytearray(BUFFER)
         self._start = self._end = 0
+        self._ahead = 0
+        self._ended = False
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _keep_alive(sock)
@@ -126,6 +134,33 @@ class Channel:
         outgoing, incoming = self._open_frame(data), Incoming(limit=limit)
         self._run(outgoing, incoming)
         return self._received(incoming)
+
+    @contextlib.contextmanager
+    def spinning(self, seconds: float) -> Iterator[None]:
+        """Within, a wait begins with up to ``seconds`` of asking again and again.
+
+        Being woken costs more than most answers of a peer that computes at the same time take
+        to come. A processor without other work is kept busy by this, one with other work is
+        yielded at every turn, and where another process takes it the wait goes on asleep: two
+        parties that ask in turns on one processor would never be moved apart.
+        """
+        before, self.spin = self.spin, seconds
+        try:
+            yield
+        finally:
+            self.spin = before
+
+    @contextlib.contextmanager
+    def reading_ahead(self, limit: int) -> Iterator[None]:
+        """Within, a send that waits takes in up to ``limit`` bytes of what comes meanwhile.
+
+        So that two parties that send more than the network holds do not wait for each other.
+        """
+        before, self._ahead = self._ahead, limit
+        try:
+            yield
+        finally:
+            self._ahead = before
 
     # -- arrays and JSON ----------------------------------------------------------------------
 
@@ -223,15 +258,23 @@ class Channel:
         deadline = Deadline(self.timeout)
         deadline.expect(sum(map(len, outgoing)))
         pending = outgoing[::-1]
+        alone = True
         try:
-            while pending or (incoming is not None and not incoming.complete):
+            while True:
                 moved = self._send_some(pending) if pending else False
-                if incoming is not None and not incoming.complete:
+                reading = incoming is not None and not incoming.complete
+                if incoming is not None and reading:
                     moved |= self._receive_some(incoming, deadline)
+                    reading = not incoming.complete
+                if not pending and not reading:
+                    return
                 if moved:
                     deadline.progress()
+                elif not reading and self._read_ahead():
+                    continue
+                elif alone and deadline.silence() < self.spin and deadline.left() > 0:
+                    alone = _yield_processor()
                 else:
-                    reading = incoming is not None and not incoming.complete
                     self._wait(reading, bool(pending), deadline)
         except ssl.SSLError as error:
             self._failed = True
@@ -293,11 +336,33 @@ class Channel:
                 incoming.advance(count)
         return True
 
+    def _read_ahead(self) -> bool:
+        """Take in what has come, if there is room; whether anything has."""
+        if not self._has_room():
+            return False
+        held = self._end - self._start
+        self._buffer[:held] = self._buffer[self._start : self._end]
+        self._start, self._end = 0, held
+        if len(self._buffer) - held < BUFFER:
+            self._buffer += bytes(BUFFER)
+        end = min(len(self._buffer), self._ahead)
+        try:
+            count = self._socket.recv_into(memoryview(self._buffer)[held:end])
+        except _WOULD_BLOCK:
+            return False
+        self._ended = count == 0
+        self._end += count
+        return count > 0
+
+    def _has_room(self) -> bool:
+        return not self._ended and self._end - self._start < self._ahead
+
     def _wait(self, reading: bool, writing: bool, deadline: Deadline) -> None:
         left = deadline.left()
         if left <= 0:
             what = "sent nothing" if reading else "took nothing"
             raise PeerTimeout(f"the {self.peer} {what} within {self.timeout:g} s")
+        reading = reading or self._has_room()
         if isinstance(self._socket, Shaped):
             self._socket.wait(reading, writing, left)
             return
@@ -323,6 +388,13 @@ class Channel:
                 return
             if not incoming.complete:
                 return
+
+
+def _yield_processor() -> bool:
+    """Let others run; whether there were none."""
+    before = time.perf_counter()
+    os.sched_yield()
+    return time.perf_counter() - before < _OTHERS
 
 
 class Listener:

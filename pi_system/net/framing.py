@@ -50,6 +50,10 @@ class Deadline:
     def progress(self) -> None:
         self._silent_since = time.monotonic()
 
+    def silence(self) -> float:
+        """Seconds since the last progress."""
+        return time.monotonic() - self._silent_since
+
     def left(self) -> float:
         """Seconds left, possibly negative."""
         frame = self._started + self._size / MIN_RATE

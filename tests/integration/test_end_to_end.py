@@ -109,3 +109,11 @@ def test_the_student_pays_for_its_own_relus_only(backend: str, least: float, mos
     for result in (student, teacher):
         assert result["accuracy"]["argmax_agreement"] == 1.0
         assert result["offline"]["bytes"]["dealer_to_server"] > 0
+
+
+def test_a_client_is_thin_at_full_width() -> None:
+    """Every weight of the server's network is 11 million words, which the client never holds."""
+    result = bench("--model", "random:resnet18@49600", "--repeat", "2", "--warmup", "0")
+    assert result["model"]["relu_kept"] == 49600
+    assert result["peak_memory_mb"]["client"] < 200
+    assert result["peak_memory_mb"]["server"] < 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -245,3 +246,103 @@ def test_bad_addresses_are_usage_errors() -> None:
         connect("127.0.0.1", -1)
     with pytest.raises(UsageError, match="unknown host"):
         connect("no such host", 1)
+
+
+def test_a_spinning_receive_keeps_the_time_limit_and_gives_the_processor_back() -> None:
+    near, far = socket.socketpair()
+    with Channel(near, timeout=0.4) as channel, far:
+        with channel.spinning(60.0), pytest.raises(PeerTimeout, match=r"within 0\.4 s"):
+            started = time.monotonic()
+            channel.recv()
+        assert 0.35 < time.monotonic() - started < 2
+    near, far = socket.socketpair()
+    with Channel(near, timeout=0.6) as channel, far:
+        burnt = time.thread_time()
+        with channel.spinning(0.02), pytest.raises(PeerTimeout):
+            channel.recv()
+        assert time.thread_time() - burnt < 0.2
+        assert channel.spin == 0
+
+
+def test_a_spinning_receive_sleeps_where_others_want_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As seen from a yield that lasts; else two parties could share one processor for ever."""
+    yields: list[None] = []
+
+    def crowded() -> None:
+        yields.append(None)
+        time.sleep(0.002)
+
+    near, far = socket.socketpair()
+    with Channel(near, timeout=0.3) as channel, far, channel.spinning(60.0):
+        monkeypatch.setattr(os, "sched_yield", crowded)
+        for _ in range(2):
+            far.send(struct.pack("<I", 0))
+            assert channel.recv() == b""
+        with pytest.raises(PeerTimeout):
+            channel.recv()
+    assert len(yields) == 1
+
+
+def test_a_spinning_receive_takes_frames_limits_and_aborts_as_any_other(
+    pair: tuple[Channel, Channel],
+) -> None:
+    near, far = pair
+
+    def peer() -> None:
+        time.sleep(0.05)
+        far.send(b"late")
+        far.send(bytes(9))
+        far.abort(RefusedError("enough"))
+
+    with ThreadPoolExecutor() as pool, near.spinning(1.0):
+        pool.submit(peer)
+        assert near.recv() == b"late"
+        with pytest.raises(ProtocolError, match="over the limit of 8"):
+            near.recv(8)
+    first, second = channel_pair(timeout=5)
+    with first, second, first.spinning(1.0):
+        second.abort(RefusedError("enough"))
+        with pytest.raises(RefusedError, match="enough"):
+            first.recv()
+
+
+def test_a_send_that_waits_reads_ahead_no_more_than_allowed() -> None:
+    """Two parties that send more than the network holds: one must take in what comes."""
+    frames, size = 40, 1 << 18
+    first, second = channel_pair(timeout=20)
+
+    def peer() -> list[bytes]:
+        for _ in range(frames):
+            second.send(bytes(size))
+        return [second.recv() for _ in range(frames)]
+
+    with first, second, ThreadPoolExecutor() as pool:
+        answer = pool.submit(peer)
+        with first.reading_ahead(frames * (size + 4)):
+            for i in range(frames):
+                first.send(bytes([i]) * size)
+        assert all(first.recv() == bytes(size) for _ in range(frames))
+        assert answer.result() == [bytes([i]) * size for i in range(frames)]
+    first, second = channel_pair(timeout=0.3)
+    with first, second, ThreadPoolExecutor() as pool:
+        blocked = pool.submit(second.send, bytes(32 << 20))
+        with first.reading_ahead(1 << 20), pytest.raises(PeerTimeout, match="took nothing"):
+            first.send(bytes(32 << 20))
+        assert first._end - first._start <= 1 << 20
+        with pytest.raises(PeerError):
+            blocked.result()
+
+
+def test_the_end_of_a_peer_is_noticed_while_reading_ahead() -> None:
+    first, second = channel_pair(timeout=5)
+    with first, second, ThreadPoolExecutor() as pool:
+
+        def end() -> None:
+            time.sleep(0.1)
+            second.abort(RefusedError("enough"))
+
+        pool.submit(end)
+        with first.reading_ahead(1 << 20), pytest.raises(RefusedError, match="enough"):
+            first.send(bytes(32 << 20))

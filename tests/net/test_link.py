@@ -7,13 +7,14 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pi_system.errors import PeerError, UsageError
+from pi_system.errors import PeerError, PeerTimeout, UsageError
 from pi_system.net.channel import Channel, PeerClosed, channel_pair
 from pi_system.net.link import FIRST_WINDOW, HEADERS, SEGMENT, Link, Schedule, parse
 
@@ -133,4 +134,33 @@ def test_the_end_and_the_reason_come_after_the_data() -> None:
 def test_silence_is_noticed_on_a_link_too() -> None:
     silent = pytest.raises(PeerError, match=r"within 0\.2 s")
     with _pair(Link("x", 10, 100), timeout=0.2) as (first, _), silent:
+        first.recv()
+
+
+def test_spinning_and_reading_ahead_change_no_time_on_a_link() -> None:
+    """Bytes come when the link lets them, however impatiently they are asked for."""
+    rtt, frames, size = 20, 8, 1 << 17
+    first, second = channel_pair(timeout=5, link=Link("x", rtt, 1000))
+
+    def peer() -> None:
+        with second.spinning(0.003):
+            second.send(second.recv()[::-1])
+            for _ in range(frames):
+                second.send(bytes(size))
+            assert [second.recv() for _ in range(frames)] == [bytes(size)] * frames
+
+    with first, second, ThreadPoolExecutor() as pool, first.spinning(0.003):
+        answer = pool.submit(peer)
+        started = time.monotonic()
+        first.send(b"ping")
+        assert first.recv() == b"gnip"
+        assert 1000 * (time.monotonic() - started) >= rtt
+        with first.reading_ahead(frames * (size + 4)):
+            for _ in range(frames):
+                first.send(bytes(size))
+        assert [first.recv() for _ in range(frames)] == [bytes(size)] * frames
+        answer.result()
+        assert 1000 * (time.monotonic() - started) > 1.5 * rtt
+    first, second = channel_pair(timeout=0.2, link=Link("x", rtt, 1000))
+    with first, second, first.spinning(60), pytest.raises(PeerTimeout, match=r"within 0\.2 s"):
         first.recv()

@@ -48,3 +48,19 @@ def test_a_refused_frame_is_not_recorded() -> None:
         with pytest.raises(ProtocolError):
             first.recv(limit=4)
     assert tape.frames == []
+
+
+def test_what_was_read_ahead_is_recorded_when_it_is_received() -> None:
+    first, second = channel_pair()
+    tape = Tape()
+    with first, second, ThreadPoolExecutor() as pool:
+        tape.attach(first)
+        second.send(b"early")
+        sent = pool.submit(lambda: [second.recv() for _ in range(8)])
+        with first.reading_ahead(100), first.spinning(0.001):
+            for _ in range(8):
+                first.send(bytes(1 << 18))
+        assert all(frame.direction == "sent" for frame in tape.frames)
+        assert first.recv() == b"early"
+        assert len(sent.result()) == 8
+    assert tape.received("client") == [b"early"]

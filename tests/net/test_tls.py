@@ -93,6 +93,36 @@ def test_large_frames_both_ways_at_once(certs: Path) -> None:
     assert _meet(accept, dial) == (data[::-1], data)
 
 
+def test_spinning_and_reading_ahead_over_tls(certs: Path) -> None:
+    """Both send more than the network holds, and one takes it in meanwhile; then both idle."""
+    frames, size = 20, 1 << 18
+
+    def talk(channel: Any, ahead: int) -> Any:
+        with channel.spinning(0.02), channel.reading_ahead(ahead):
+            for i in range(frames):
+                channel.send(bytes([i]) * size)
+            received = [channel.recv() for _ in range(frames)]
+            channel.send(b"")
+            assert channel.recv() == b""
+            if ahead:
+                time.sleep(0.1)
+                channel.send(b"end")
+                return received
+            assert channel.recv() == b"end"
+            return received
+
+    def accept(listener: Listener) -> Any:
+        with listener.accept(wait=5, identity=Identity.of(certs, "server")) as channel:
+            return talk(channel, frames * (size + 4))
+
+    def dial(port: int) -> Any:
+        with connect(HOST, port, peer="server", identity=Identity.of(certs, "client")) as channel:
+            return talk(channel, 0)
+
+    expected = [bytes([i]) * size for i in range(frames)]
+    assert _meet(accept, dial) == (expected, expected)
+
+
 def test_an_emulated_link_carries_tls(certs: Path) -> None:
     link = Link("x", 20, 100)
 

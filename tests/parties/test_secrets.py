@@ -25,7 +25,7 @@ from numpy.testing import assert_allclose
 from pi_system.graph.ir import Graph
 
 HOLD = Path(__file__).with_name("hold.py")
-FRACTIONAL_BITS = (16, 7, 10, 12)
+FRACTIONAL_BITS = (16, 7, 9, 10, 12)
 
 
 class Findings(NamedTuple):

@@ -2,7 +2,8 @@
 
 The extension module ``_native`` is opened by ctypes, never imported: it holds no Python code.
 Which instructions it uses is found out at run time. ``PI_SYSTEM_KERNELS`` may take some away:
-``numpy`` (no C at all), ``portable`` (plain C) or ``avx2`` (without the AES of 256 bits).
+``numpy`` (no C at all), ``portable`` (plain C), ``avx2`` (without wide AES) or ``vaes`` (with AES
+of 256 bits, without AVX-512).
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ import numpy as np
 from ...errors import UsageError
 
 if TYPE_CHECKING:
+    from .packing import Bytes
     from .program import Index
     from .relu import Share
     from .ring import Words
 
 VARIABLE: Final = "PI_SYSTEM_KERNELS"
-AVX2, AES, VAES = 1, 2, 4
-_LEVELS: Final = {"portable": 0, "avx2": AVX2 | AES, "auto": 0xFF}
-_INSTRUCTIONS: Final = {"portable": "portable", "avx2": "avx2", "auto": None}
+AVX2, AES, VAES, AVX512 = 1, 2, 4, 8
+_LEVELS: Final = {
+    "portable": 0,
+    "avx2": AVX2 | AES,
+    "vaes": AVX2 | AES | VAES,
+    "auto": 0xFF,
+}
+_INSTRUCTIONS: Final = {"portable": "portable", "avx2": "avx2", "vaes": "avx2", "auto": None}
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_size_t
@@ -37,14 +44,14 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "fss_pack": (None, [_POINTER, _SIZE, _INT, _POINTER]),
     "fss_unpack": (None, [_POINTER, _SIZE, _SIZE, _INT, _POINTER]),
     "fss_relu_combine": (None, [_POINTER] * 3 + [_SIZE, _INT, _INT, _INT, _POINTER]),
-    "fss_finish": (_INT, [_POINTER, _SIZE, _INT, _INT, ctypes.c_uint64]),
 }
 _AES_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
-    "fss_dpf_evaluate": (None, [_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _INT] + [_POINTER] * 3),
+    "fss_dpf_evaluate": (None, [_POINTER] * 3 + [_SIZE, _INT] + [_POINTER] * 3),
     "fss_dpf_generate": (None, [_POINTER, _SIZE, _INT] + [_POINTER] * 5),
-    "fss_gate_answer": (None, [_POINTER] * 4),
-    "fss_gate_open": (None, [_POINTER] * 7),
-    "fss_gate_close": (None, [_POINTER] * 6),
+    "fss_gate_open": (None, [_POINTER, _SIZE, _SIZE] + [_POINTER] * 4),
+    "fss_gate_sign": (None, [_POINTER, _SIZE, _SIZE] + [_POINTER] * 2),
+    "fss_gate_answer": (None, [_POINTER, _SIZE, _SIZE] + [_POINTER] * 5),
+    "fss_gate_close": (None, [_POINTER, _SIZE, _SIZE] + [_POINTER] * 6),
 }
 
 _lock = threading.Lock()
@@ -68,14 +75,14 @@ def describe() -> str:
     found = native()
     if found is None:
         return "numpy"
-    names = [name for name, bit in (("avx2", AVX2), ("aes", AES), ("vaes", VAES))
-             if found.features & bit]  # fmt: skip
+    known = (("avx2", AVX2), ("aes", AES), ("vaes", VAES), ("avx512", AVX512))
+    names = [name for name, bit in known if found.features & bit]
     return "native: " + ("+".join(names) or "portable")
 
 
 @contextmanager
 def using(level: str) -> Iterator[Native | None]:
-    """Use ``numpy``, ``portable``, ``avx2`` or ``auto`` in this process for a while (tests)."""
+    """Use a level of :data:`VARIABLE` in this process for a while (tests)."""
     _forced.append(_load(level))
     try:
         yield _forced[-1]
@@ -100,8 +107,12 @@ def _load(level: str) -> Native | None:
 
 
 def _at(array: Any) -> int:
-    assert array.flags.c_contiguous
-    return int(array.__array_interface__["data"][0])
+    """The address of a contiguous array; the quick way there is, where it may be written to."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):
+        assert array.flags.c_contiguous
+        return int(array.__array_interface__["data"][0])
 
 
 class _Material(ctypes.Structure):
@@ -113,18 +124,28 @@ class _Material(ctypes.Structure):
         ("count", ctypes.c_uint64), ("k", ctypes.c_int32), ("n", ctypes.c_int32),
     )  # fmt: skip
 
-    @classmethod
-    def of(cls, share: Share) -> _Material:
-        """Pointers into ``share``, which must outlive them."""
+
+def _material(share: Share) -> Any:
+    """Pointers into ``share``, which must outlive them."""
+    held = share.__dict__.get("_material")
+    if held is None:
         from .dpf import LEAF_KEY, TREE_KEY
 
         width, count = share.width, share.count
         assert share.root.shape == (count, 2) and share.values.shape == (5, count)
         assert share.corrections.shape == (width.blocks, count, 2)
-        return cls(
+        held = _Material(
             _at(share.root), _at(share.corrections), _at(share.sign), _at(share.values),
             TREE_KEY, LEAF_KEY, count, width.k, width.n,
         )  # fmt: skip
+        share.__dict__["_material"] = held
+    return ctypes.byref(held)
+
+
+def _length(share: Share, gates: slice) -> int:
+    """Of a range of gates that the kernels can take."""
+    assert 0 <= gates.start < gates.stop <= share.count and gates.start % 8 == 0
+    return int(gates.stop - gates.start)
 
 
 class Native:
@@ -171,63 +192,70 @@ class Native:
         )
         return out
 
-    def finish(self, v: Words, n: int, f: int, bound: int) -> bool:
-        """Truncate ``v`` in place; the zone check's finding."""
-        assert v.dtype == np.uint64
-        return bool(self.library.fss_finish(_at(v), v.size, n, f, bound))
-
     def dpf_evaluate(
         self, root: Words, corrections: Words, x: Words, bits: int, tree: bytes, leaf: bytes
     ) -> Words:
         count = len(x)
         assert root.shape == (count, 2)
         assert corrections.shape == (max(bits - 7, 0) + 1, count, 2) and bits < 64
-        out = np.empty(count, np.uint64)
+        out = np.empty((count + 7) // 8, np.uint8)
         self.library.fss_dpf_evaluate(
-            _at(root), _at(corrections), count, _at(x), count, bits, tree, leaf, _at(out)
+            _at(root), _at(corrections), _at(x), count, bits, tree, leaf, _at(out)
         )
-        return out
-
-    def gate_answer(self, share: Share, message: memoryview, mask: Words) -> bytes:
-        width, count = share.width, share.count
-        assert len(message) == width.opening_bytes(count) and mask.shape == (count,)
-        raw = np.frombuffer(message, np.uint8)
-        reply = np.empty(width.closing_bytes(count), np.uint8)
-        material = _Material.of(share)
-        self.library.fss_gate_answer(ctypes.byref(material), _at(raw), _at(mask), _at(reply))
-        return reply.tobytes()
+        return self.unpack(out.data, count, 1)
 
     def gate_open(
-        self, share: Share, source: Words, index: Index | None, delta: Words
-    ) -> tuple[Words, Words, bytes]:
-        width, count = share.width, share.count
-        assert delta.shape == (count,) and (source if index is None else index).size == count
-        message = np.empty(width.opening_bytes(count), np.uint8)
-        opened, signs = np.empty((2, count), np.uint64)
-        material = _Material.of(share)
+        self, share: Share, gates: slice, delta: Words, source: Words, index: Index | None
+    ) -> Bytes:
+        count = _length(share, gates)
+        assert delta.shape == (share.count,)
+        assert (source if index is None else index).size == share.count
+        opened = np.empty((count * share.width.k + 7) // 8, np.uint8)
         self.library.fss_gate_open(
-            ctypes.byref(material), _at(source), None if index is None else _at(index),
-            _at(delta), _at(opened), _at(signs), _at(message),
+            _material(share), gates.start, count, _at(source),
+            None if index is None else _at(index), _at(delta), _at(opened),
         )  # fmt: skip
-        return opened, signs, message.tobytes()
+        return opened
+
+    def gate_sign(self, share: Share, gates: slice, opened: Bytes) -> Bytes:
+        count = _length(share, gates)
+        assert opened.size == (count * share.width.k + 7) // 8
+        bits = np.empty((count + 7) // 8, np.uint8)
+        self.library.fss_gate_sign(_material(share), gates.start, count, _at(opened), _at(bits))
+        return bits
+
+    def gate_answer(
+        self, share: Share, gates: slice, opened: Bytes, mine: Bytes, theirs: Bytes, mask: Words
+    ) -> Bytes:
+        count = _length(share, gates)
+        assert opened.size == (count * share.width.k + 7) // 8
+        assert mine.size == theirs.size == (count + 7) // 8 and mask.shape == (share.count,)
+        masked = np.empty((count * share.width.n + 7) // 8, np.uint8)
+        self.library.fss_gate_answer(
+            _material(share), gates.start, count,
+            _at(opened), _at(mine), _at(theirs), _at(mask), _at(masked),
+        )  # fmt: skip
+        return masked
 
     def gate_close(
         self,
         share: Share,
-        opened: Words,
-        signs: Words,
-        reply: memoryview,
-        index: Index | None,
+        gates: slice,
+        opened: Bytes,
+        mine: Bytes,
+        theirs: Bytes,
+        masked: Bytes,
         target: Words,
+        index: Index | None,
     ) -> None:
-        count = share.count
-        assert opened.shape == signs.shape == (count,)
-        assert (target if index is None else index).size == count
-        assert len(reply) == share.width.closing_bytes(count)
-        raw = np.frombuffer(reply, np.uint8)
-        material = _Material.of(share)
+        count = _length(share, gates)
+        assert opened.size == (count * share.width.k + 7) // 8
+        assert mine.size == theirs.size == (count + 7) // 8
+        assert masked.size == (count * share.width.n + 7) // 8
+        assert (target if index is None else index).size == share.count
         self.library.fss_gate_close(
-            ctypes.byref(material), _at(opened), _at(signs), _at(raw),
+            _material(share), gates.start, count,
+            _at(opened), _at(mine), _at(theirs), _at(masked),
             None if index is None else _at(index), _at(target),
         )  # fmt: skip
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from ...errors import ProtocolError
 from ...net.channel import Channel
 from ...net.meter import Clock
-from . import packing, program, relu
+from . import batch, packing, program
 from .linear import RingConv
 from .material import ClientMaterial, ServerMaterial
-from .packing import Reader
 from .program import Conv, Index, Input, Op, Relu
 from .public import OK, RETRY, Public
 from .ring import Words
+
+SPIN: Final = 3e-3
+"""Seconds a party asks for its peer's message before it sleeps; longer than most layers take."""
 
 
 def ask(
@@ -30,6 +34,13 @@ def ask(
     Raises:
         ProtocolError: a message does not have exactly its form.
     """
+    with server.spinning(SPIN):
+        return _ask(public, material, inference, image, server)
+
+
+def _ask(
+    public: Public, material: ClientMaterial, inference: int, image: Words, server: Channel
+) -> Words | None:
     lowered, plan = public.lowered, public.plan
     clock = Clock(server.meter)
     head = inference.to_bytes(8, "little")
@@ -41,14 +52,8 @@ def ask(
         if not step.gates:
             continue
         with server.meter.in_layer(step.gates[0].out):
-            parts = [material.gates.pop(op.out) for op in step.gates]
-            size = sum(share.width.opening_bytes(share.count) for share, _ in parts)
-            reader = Reader(server.recv(size))
-            clock.lap("wait")
-            answers = [relu.answer(share, fresh, reader) for share, fresh in parts]
-            reader.done()
-            clock.lap("gates")
-            server.send(b"".join(answers))
+            held = {op.out: material.gates.pop(op.out) for op in step.gates}
+            batch.answer(batch.parts(step.gates, public.batch), held, server, clock)
     with server.meter.in_layer(lowered.output):
         count = material.ends.logits.size
         message = server.recv(1 + packing.size(count, plan.output_k))
@@ -80,10 +85,15 @@ class Run:
         self._shares: dict[str, Words] = {}
         self._wrapped = False
         self._last = public.lowered.last_reader()
+        self._overwriting = public.lowered.overwriting()
         self._clock = Clock(client.meter)
 
     def run(self, image: Words) -> bool:
         """From Z of the image to the answer; whether it is good."""
+        with self._client.spinning(SPIN):
+            return self._run(image)
+
+    def _run(self, image: Words) -> bool:
         lowered, plan = self._public.lowered, self._public.plan
         self._shares[lowered.input.out] = image
         for step in lowered.steps:
@@ -116,26 +126,23 @@ class Run:
             self._clock.lap("local")
 
     def _gates(self, gates: tuple[Relu, ...]) -> None:
-        opened, messages = [], []
+        material = {op.out: self._material.gates.pop(op.out) for op in gates}
+        sources, targets = {}, {}
         for op in gates:
-            delta, share = self._material.gates.pop(op.out)
             source = np.ascontiguousarray(self._shares[op.source])
-            index = self._positions[op.out]
-            x, signs, message = relu.opening(share, delta, source, index)
-            opened.append((share, x, signs))
-            messages.append(message)
-        self._clock.lap("gates")
-        with self._client.meter.in_layer(gates[0].out):
-            self._client.send(b"".join(messages))
-            sizes = (share.width.closing_bytes(share.count) for share, _, _ in opened)
-            reader = Reader(self._client.recv(sum(sizes)))
-        self._clock.lap("wait")
-        for op, (share, x, signs) in zip(gates, opened, strict=True):
-            source = self._shares[op.source]
-            target = np.empty(source.shape, np.uint64) if op.full else source.copy()
-            relu.closing(share, x, signs, reader, target, self._positions[op.out])
-            self._write(op, target)
-        reader.done()
+            sources[op.out] = source
+            if op.out in self._overwriting:
+                targets[op.out] = source
+            else:
+                targets[op.out] = np.empty_like(source) if op.full else source.copy()
+        parts = batch.parts(gates, self._public.batch)
+        client = self._client
+        with client.meter.in_layer(gates[0].out):
+            batch.ServerBatch(
+                parts, material, sources, self._positions, targets, client, self._clock
+            ).run()
+        for op in gates:
+            self._write(op, targets[op.out])
         self._clock.lap("gates")
 
     def _write(self, op: Op, value: Words) -> None:

@@ -7,10 +7,13 @@ last byte is filled with zeros.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ...errors import ProtocolError
 from . import kernels
 from .ring import WORD, Words, reduce
+
+Bytes = npt.NDArray[np.uint8]
 
 _LANES = 64
 
@@ -40,6 +43,11 @@ def pack(values: Words, width: int) -> bytes:
         if offset + width > WORD:
             out[:, word + 1] |= lanes[:, lane] >> np.uint64(WORD - offset)
     return out.astype("<u8", copy=False).tobytes()[: size(flat.size, width)]
+
+
+def packed(values: Words, width: int) -> Bytes:
+    """:func:`pack` as an array."""
+    return np.frombuffer(pack(values, width), np.uint8)
 
 
 def unpack(data: bytes | memoryview, count: int, width: int) -> Words:
@@ -99,17 +107,6 @@ class Reader:
             ProtocolError: the message is too short.
         """
         return unpack(self.raw(size(count, width)), count, width)
-
-    def checked(self, *fields: tuple[int, int]) -> memoryview:
-        """The bytes of several fields (count, width) together, for a kernel to unpack.
-
-        Raises:
-            ProtocolError: the message is too short, or filling bits are not zero.
-        """
-        start = self._at
-        for count, width in fields:
-            check(self.raw(size(count, width)), count, width)
-        return self._data[start : self._at]
 
     def raw(self, length: int) -> memoryview:
         """The next ``length`` bytes."""

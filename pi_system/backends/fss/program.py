@@ -150,6 +150,19 @@ class Program:
         """Of one inference: the image and the logits make one, every batch of gates another."""
         return sum(1 for step in self.steps if step.gates) + 1
 
+    def overwriting(self) -> set[str]:
+        """The ReLUs that may write their output over their input: nobody reads it later.
+
+        A reshaped tensor shares memory with its input.
+        """
+        memory: dict[str, str] = {}
+        last: dict[str, str] = {}
+        for op in self.ops:
+            memory[op.out] = memory[op.inputs[0]] if isinstance(op, Reshape) else op.out
+            for name in op.inputs:
+                last[memory[name]] = op.out
+        return {op.out for op in self.relus if last[memory[op.source]] == op.out}
+
     def last_reader(self) -> dict[str, str]:
         """For every tensor, the ``out`` of the operation after which it is not needed."""
         last = {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import dpf, kernels, packing
-from .packing import Reader
+from .packing import Bytes, Reader
 from .prg import Stream
 from .program import Index
 from .ring import WORD, Words, reduce
@@ -42,14 +42,6 @@ class Width:
     def blocks(self) -> int:
         """Correction blocks of one comparison key."""
         return dpf.levels(self.k - 1) + 1
-
-    def opening_bytes(self, count: int) -> int:
-        """Server to client, online."""
-        return packing.size(count, self.k) + packing.size(count, 1)
-
-    def closing_bytes(self, count: int) -> int:
-        """Client to server, online."""
-        return packing.size(count, 1) + packing.size(count, self.n)
 
 
 @dataclass(frozen=True)
@@ -144,27 +136,90 @@ def read_corrections(width: Width, count: int, message: bytes) -> Words:
     return corrections
 
 
-def sign_share(share: Share, opened: Words) -> Words:
-    """This party's bit; the two bits and msb(X) add up to D."""
-    return share.sign ^ dpf.evaluate(share.root, share.corrections, opened, share.width.k - 1)
-
-
-def result_share(share: Share, opened: Words, signs: Words, *, server: bool) -> Words:
-    """This party's share of relu(x) in Z/2^n.
+def opening(share: Share, gates: slice, delta: Words, source: Words, index: Index | None) -> Bytes:
+    """The server's first step: X of some gates, packed.
 
     Args:
-        opened: X, reduced to k bits.
-        signs: the sum (mod 2) of both parties' :func:`sign_share`.
+        gates: which ones; they begin at a multiple of 8.
+        delta: c + r of all the batch.
+        source: the server's share of the tensor, contiguous.
+        index: flat positions of all the batch's gates in it, ``None`` for all there are.
     """
+    native = kernels.native()
+    if native is not None and native.has_aes:
+        return native.gate_open(share, gates, delta, source, index)
+    s = source.reshape(-1)[gates if index is None else index[gates]]
+    return packing.packed(s + delta[gates], share.width.k)
+
+
+def sign_bits(share: Share, gates: slice, opened: Bytes) -> Bytes:
+    """This party's bits, packed; the two parties' bits and msb(X) add up to D."""
+    native = kernels.native()
+    if native is not None and native.has_aes:
+        return native.gate_sign(share, gates, opened)
     k = share.width.k
+    x = packing.unpack(opened.data, gates.stop - gates.start, k)
+    bits = dpf.evaluate(share.root[gates], share.corrections[:, gates], x, k - 1)
+    return packing.packed(bits ^ share.sign[gates], 1)
+
+
+def answer(
+    share: Share, gates: slice, opened: Bytes, mine: Bytes, theirs: Bytes, mask: Words
+) -> Bytes:
+    """The client's last step: its share of the results less ``mask``, packed.
+
+    Args:
+        mask: r' of all the batch, fresh and uniform.
+    """
+    native = kernels.native()
+    if native is not None and native.has_aes:
+        return native.gate_answer(share, gates, opened, mine, theirs, mask)
+    result = _results(share, gates, opened, mine ^ theirs, server=False)
+    return packing.packed(result - mask[gates], share.width.n)
+
+
+def closing(
+    share: Share,
+    gates: slice,
+    opened: Bytes,
+    mine: Bytes,
+    theirs: Bytes,
+    masked: Bytes,
+    target: Words,
+    index: Index | None,
+) -> None:
+    """The server's last step: write its shares relu(x) - r' to the gates' places in ``target``.
+
+    ``target`` is contiguous and may be the source.
+    """
+    native = kernels.native()
+    if native is not None and native.has_aes:
+        native.gate_close(share, gates, opened, mine, theirs, masked, target, index)
+        return
+    result = _results(share, gates, opened, mine ^ theirs, server=True)
+    result += packing.unpack(masked.data, len(result), share.width.n)
+    target.reshape(-1)[gates if index is None else index[gates]] = result
+
+
+def result_share(
+    width: Width, values: Words, opened: Words, signs: Words, *, server: bool
+) -> Words:
+    """One party's share of relu(x) in Z/2^n.
+
+    Args:
+        values: as in :class:`Share`.
+        opened: X, reduced to k bits.
+        signs: the sum (mod 2) of both parties' bits.
+    """
+    k = width.k
     native = kernels.native()
     if native is not None:
-        return native.relu_combine(opened, signs, share.values, k, share.width.high > 0, server)
+        return native.relu_combine(opened, signs, values, k, width.high > 0, server)
     top = opened >> np.uint64(k - 1)
     flag = signs ^ top
     factor = _ONE - (flag + flag)
-    r, rho, rho_r, msb, rho_msb = share.values
-    if share.width.high:
+    r, rho, rho_r, msb, rho_msb = values
+    if width.high:
         lift = (_ONE - top) << np.uint64(k)
         r = r - lift * msb
         rho_r = rho_r - lift * rho_msb
@@ -172,66 +227,12 @@ def result_share(share: Share, opened: Words, signs: Words, *, server: bool) -> 
     return np.asarray(result + flag * opened if server else result, np.uint64)
 
 
-def opening(
-    share: Share, delta: Words, source: Words, index: Index | None
-) -> tuple[Words, Words, bytes]:
-    """The server's first half: X, its sign bits and the message to the client.
-
-    Args:
-        source: the server's share of the tensor.
-        index: flat positions of the gates in it, ``None`` for all.
-    """
-    native = kernels.native()
-    if native is not None and native.has_aes:
-        return native.gate_open(share, source, index, delta)
-    s = source.reshape(-1) if index is None else source.reshape(-1)[index]
-    opened = reduce(s + delta, share.width.k)
-    signs = sign_share(share, opened)
-    return opened, signs, packing.pack(opened, share.width.k) + packing.pack(signs, 1)
-
-
-def answer(share: Share, mask: Words, message: Reader) -> bytes:
-    """The client's whole part: from the server's opening to its reply.
-
-    Args:
-        mask: r', the client's share of the result, fresh and uniform.
-    """
-    native = kernels.native()
-    if native is not None and native.has_aes:
-        fields = ((share.count, share.width.k), (share.count, 1))
-        return native.gate_answer(share, message.checked(*fields), mask)
-    opened = message.take(share.count, share.width.k)
-    theirs = message.take(share.count, 1)
-    mine = sign_share(share, opened)
-    result = result_share(share, opened, mine ^ theirs, server=False)
-    return packing.pack(mine, 1) + packing.pack(result - mask, share.width.n)
-
-
-def closing(
-    share: Share,
-    opened: Words,
-    signs: Words,
-    message: Reader,
-    target: Words,
-    index: Index | None,
-) -> None:
-    """The server's second half: write its shares relu(x) - r' to the gates' places in ``target``.
-
-    ``target`` is contiguous.
-    """
-    native = kernels.native()
-    if native is not None and native.has_aes:
-        fields = ((share.count, 1), (share.count, share.width.n))
-        native.gate_close(share, opened, signs, message.checked(*fields), index, target)
-        return
-    theirs = message.take(share.count, 1)
-    masked = message.take(share.count, share.width.n)
-    result = result_share(share, opened, signs ^ theirs, server=True) + masked
-    flat = target.reshape(-1)
-    if index is None:
-        flat[:] = result
-    else:
-        flat[index] = result
+def _results(share: Share, gates: slice, opened: Bytes, bits: Bytes, *, server: bool) -> Words:
+    count = gates.stop - gates.start
+    x = packing.unpack(opened.data, count, share.width.k)
+    signs = packing.unpack(bits.data, count, 1)
+    values = np.ascontiguousarray(share.values[:, gates])
+    return result_share(share.width, values, x, signs, server=server)
 
 
 def _blocks(reader: Reader, count: int) -> Words:

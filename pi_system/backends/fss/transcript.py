@@ -1,8 +1,8 @@
 """Every message of a session as its fields: who sends what to whom, how wide, under which mask.
 
-What the parties read and write is written in ``offline.py``, ``online.py`` and ``relu.py``; this is
-the same once more as data, for audits and tests to cut recorded frames by. A field with a cover
-must look uniform to its receiver whatever weights and image are.
+What the parties read and write is written in ``offline.py``, ``online.py``, ``batch.py`` and
+``relu.py``; this is the same once more as data, for audits and tests to cut recorded frames by. A
+field with a cover must look uniform to its receiver whatever weights and image are.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Final, Literal
 
 import numpy as np
 
-from . import prg
+from . import batch, prg
 from .packing import Reader
-from .program import Conv, Relu
+from .program import Conv, Relu, Step
 from .public import Public
 from .ring import Words
 
@@ -112,21 +112,33 @@ def online(public: Public) -> Iterator[Message]:
     for step in lowered.steps:
         if not step.gates:
             continue
-        down: list[Field] = []
-        up: list[Field] = []
-        for op in step.gates:
-            width, count = plan.gates[op.out], public.batch * len(op.kept)
-            down.append(Field(f"X {op.out}", count, width.k, "r"))
-            down.append(Field(f"sign {op.out}", count, 1, "rho"))
-            up.append(Field(f"sign {op.out}", count, 1, "rho"))
-            up.append(Field(f"Z {op.out}", count, width.n, "r'"))
-        layer = step.gates[0].out
-        yield Message("opening", "server", "client", layer, tuple(down))
-        yield Message("closing", "client", "server", layer, tuple(up))
+        yield from _gates(public, step)
     size = public.batch * int(np.prod(lowered.shapes[lowered.output]))
     logits = Field("logits", size, plan.output_k, "trunc(u)")
     fields = (Field("status", 1, 8), logits)
     yield Message("logits", "server", "client", lowered.output, fields)
+
+
+def _gates(public: Public, step: Step) -> Iterator[Message]:
+    """One batch of gates; all parts go down before any answer is waited for."""
+    layer = step.gates[0].out
+    openings, bits, closings = [], [], []
+    for part in batch.parts(step.gates, public.batch):
+        x, sign, up = [], [], []
+        for piece in part:
+            name, width, count = piece.op.out, public.plan.gates[piece.op.out], piece.length
+            x.append(Field(f"X {name}", count, width.k, "r"))
+            sign.append(Field(f"sign {name}", count, 1, "rho"))
+            up += [sign[-1], Field(f"Z {name}", count, width.n, "r'")]
+        openings.append(Message("opening", "server", "client", layer, tuple(x)))
+        bits.append(Message("bits", "server", "client", layer, tuple(sign)))
+        closings.append(Message("closing", "client", "server", layer, tuple(up)))
+    yield openings[0]
+    for following, sign_bits in zip([*openings[1:], None], bits, strict=True):
+        if following is not None:
+            yield following
+        yield sign_bits
+    yield from closings
 
 
 def between(messages: Iterator[Message], sender: Role, receiver: Role) -> list[Message]:

@@ -13,6 +13,7 @@ from .budget import budget
 from .compare import compare
 from .env import env
 from .regress import regress
+from .report import report
 from .run import run
 from .sweep import sweep
 
@@ -27,7 +28,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress, audit, budget):
+for _command in (run, compare, sweep, env, regress, report, audit, budget):
     cli.add_command(_command)
 
 

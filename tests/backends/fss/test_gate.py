@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi_system.backends.fss import dpf, relu
-from pi_system.backends.fss.packing import Reader
+from pi_system.backends.fss import dpf, packing, relu
+from pi_system.backends.fss.packing import Bytes
 from pi_system.backends.fss.prg import Stream, fresh_seed
 from pi_system.backends.fss.relu import Width
 from pi_system.backends.fss.ring import Words, reduce, signed
@@ -72,8 +72,8 @@ def test_one_key_alone_looks_random() -> None:
                 assert abs(share.mean() - 0.5) < 0.05  # 6 sigma
 
 
-def run_gate(width: Width, s: Words, c: Words, fresh: Words) -> tuple[Words, int, int]:
-    """Both parties' parts with real messages; the result and the bytes both ways."""
+def run_gate(width: Width, s: Words, c: Words, fresh: Words) -> tuple[Words, list[int]]:
+    """Both parties' parts with real messages; the result and the messages' sizes."""
     shared, count = fresh_seed(), len(s)
     corrections, message = relu.deal(
         width, c, Stream(shared, "gate"), Stream(fresh_seed(), "dealer")
@@ -83,11 +83,21 @@ def run_gate(width: Width, s: Words, c: Words, fresh: Words) -> tuple[Words, int
         width, count, Stream(shared, "gate"),
         relu.read_corrections(width, count, corrections.tobytes()),
     )  # fmt: skip
-    opened, signs, down = relu.opening(at_server, delta, s, None)
-    up = relu.answer(at_client, fresh, Reader(down))
-    z = np.empty_like(s)
-    relu.closing(at_server, opened, signs, Reader(up), z, None)
-    return reduce(z + fresh, width.n), len(down), len(up)
+    z, *messages = between(at_server, at_client, delta, s, fresh)
+    return reduce(z + fresh, width.n), [len(m) for m in messages]
+
+
+def between(
+    at_server: relu.Share, at_client: relu.Share, delta: Words, s: Words, fresh: Words
+) -> tuple[Words, Bytes, Bytes, Bytes, Bytes]:
+    """What the server has at the end, and the messages: X, bits down, bits up, masked results."""
+    gates, z = slice(0, len(s)), np.empty_like(s)
+    opened = relu.opening(at_server, gates, delta, s, None)
+    down = relu.sign_bits(at_server, gates, opened)
+    up = relu.sign_bits(at_client, gates, opened)
+    masked = relu.answer(at_client, gates, opened, up, down, fresh)
+    relu.closing(at_server, gates, opened, down, up, masked, z, None)
+    return z, opened, down, up, masked
 
 
 @pytest.mark.parametrize(
@@ -97,9 +107,9 @@ def test_gate_on_the_whole_ring(k: int, n: int) -> None:
     x = np.arange(-(1 << k - 1), 1 << k - 1).repeat(8)
     c, fresh = random_words(len(x)), random_words(len(x))
     width = Width(k, n)
-    result, down, up = run_gate(width, x.view(np.uint64) - c, c, fresh)
+    result, sizes = run_gate(width, x.view(np.uint64) - c, c, fresh)
     assert (result == reduce(np.maximum(x, 0).view(np.uint64), n)).all()
-    assert (down, up) == (width.opening_bytes(len(x)), width.closing_bytes(len(x)))
+    assert sizes == [packing.size(len(x), bits) for bits in (k, 1, 1, n)]
 
 
 class Drawn:
@@ -128,11 +138,8 @@ def test_gate_for_every_value_and_every_mask(k: int, n: int) -> None:
     delta, at_server = relu.read_server_share(width, count, message)
     assert (delta == reduce(c + r, k)).all()
     at_client = relu.client_share(width, count, Stream(shared, "gate"), corrections)
-    opened, signs, down = relu.opening(at_server, delta, x - c, None)
-    assert (opened == reduce(x + r, k)).all()
-    up = relu.answer(at_client, fresh, Reader(down))
-    z = np.empty(count, np.uint64)
-    relu.closing(at_server, opened, signs, Reader(up), z, None)
+    z, opened, *_ = between(at_server, at_client, delta, x - c, fresh)
+    assert (packing.unpack(opened.data, count, k) == reduce(x + r, k)).all()
     expected = np.maximum(signed(x, k), 0).view(np.uint64)
     assert (reduce(z + fresh, n) == reduce(expected, n)).all()
 
@@ -144,7 +151,7 @@ def test_gate_at_every_width(k: int, n: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(-half, half - 1), min_size=1, max_size=9))
     x = np.array([0, -1, half - 1, -half, *values], np.int64)
     c, fresh = random_words(len(x)), random_words(len(x))
-    result, _, _ = run_gate(Width(k, n), x.view(np.uint64) - c, c, fresh)
+    result, _ = run_gate(Width(k, n), x.view(np.uint64) - c, c, fresh)
     assert (result == reduce(np.maximum(x, 0).view(np.uint64), n)).all()
 
 
@@ -153,7 +160,7 @@ def test_gate_reads_only_k_bits_of_its_input() -> None:
     x = np.arange(-128, 128)
     c = random_words(256)
     s = x.view(np.uint64) - c + (random_words(256) << np.uint64(8))
-    result, _, _ = run_gate(Width(8, 20), s, c, random_words(256))
+    result, _ = run_gate(Width(8, 20), s, c, random_words(256))
     assert (signed(result, 20) == np.maximum(x, 0)).all()
 
 
@@ -180,10 +187,13 @@ def test_openings_are_uniform() -> None:
         )
         delta, at_server = relu.read_server_share(Width(k, 4), count, message)
         at_client = relu.client_share(Width(k, 4), count, Stream(shared, "gate"), corrections)
-        opened, signs, down = relu.opening(at_server, delta, x - c, None)
-        reader = Reader(relu.answer(at_client, random_words(count), Reader(down)))
-        theirs, masked = reader.take(count, 1), reader.take(count, 4)
-        d = signs ^ theirs ^ (opened >> np.uint64(k - 1))
+        gates = slice(0, count)
+        message = relu.opening(at_server, gates, delta, x - c, None)
+        mine, theirs = (relu.sign_bits(side, gates, message) for side in (at_server, at_client))
+        fields = relu.answer(at_client, gates, message, theirs, mine, random_words(count))
+        opened, masked = (packing.unpack(m.data, count, k) for m in (message, fields))
+        mine, theirs = (packing.unpack(m.data, count, 1) for m in (mine, theirs))
+        d = mine ^ theirs ^ (opened >> np.uint64(k - 1))
         cells = np.bincount(((opened << np.uint64(1)) | d).astype(np.int64), minlength=32)
         assert ((cells - count / 32) ** 2 / (count / 32)).sum() < 75  # 31 degrees, p = 2e-5
         cells = np.bincount(masked.astype(np.int64), minlength=16)

@@ -19,7 +19,7 @@ from pi_system.errors import UsageError
 with kernels.using("auto") as _native:
     BUILT = _native is not None
 needs_native = pytest.mark.skipif(not BUILT, reason="the C kernels were not built")
-LEVELS = ("portable", "avx2", "auto")
+LEVELS = ("portable", "avx2", "vaes", "auto")
 
 
 @pytest.fixture(params=LEVELS)
@@ -115,13 +115,12 @@ def test_comparison_keys(bits: int, count: int, level: str) -> None:
 def test_gate_arithmetic(k: int, n: int, seed: int, server: bool) -> None:
     rng = np.random.default_rng(seed)
     count = 13
-    nothing = np.zeros((1, count, 2), np.uint64)
-    share = Share(Width(k, n), nothing[0], nothing, words(rng, count), words(rng, 5, count))
+    width, values = Width(k, n), words(rng, 5, count)
     opened, signs = ring.reduce(words(rng, count), k), words(rng, count) & np.uint64(1)
     results = []
     for variant in ("numpy", *LEVELS):
         with kernels.using(variant):
-            results.append(relu.result_share(share, opened, signs, server=server))
+            results.append(relu.result_share(width, values, opened, signs, server=server))
     for result in results[1:]:
         assert (ring.reduce(result, n) == ring.reduce(results[0], n)).all()
 
@@ -208,7 +207,7 @@ def test_truncation_and_zone_check(n: int, seed: int, data: st.DataObject) -> No
 @pytest.mark.parametrize("count", [1, 511, 512, 1300])
 @pytest.mark.parametrize("k,n", [(2, 64), (9, 7), (13, 55)])
 def test_whole_gates(count: int, k: int, n: int, level: str) -> None:
-    """Opening, answer and closing byte for byte, at scattered positions."""
+    """Every message of both parties byte for byte, at scattered positions and in parts."""
     rng = np.random.default_rng(count)
     width = Width(k, n)
 
@@ -225,12 +224,16 @@ def test_whole_gates(count: int, k: int, n: int, level: str) -> None:
     source, delta, mask = words(rng, 2 * count), words(rng, count), words(rng, count)
     index = np.sort(rng.choice(2 * count, count, replace=False))
     results = []
+    cuts = [*range(0, count, 264), count]
     for variant in ("numpy", level):
+        messages, target = [], source.copy()
         with kernels.using(variant):
-            opened, signs, down = relu.opening(server, delta, source, index)
-            up = relu.answer(client, mask, packing.Reader(down))
-            target = source.copy()
-            relu.closing(server, opened, signs, packing.Reader(up), target, index)
-            results.append((opened, signs, down, up, ring.reduce(target, n)))
+            for gates in map(slice, cuts, cuts[1:]):
+                opened = relu.opening(server, gates, delta, target, index)
+                down, up = (relu.sign_bits(side, gates, opened) for side in (server, client))
+                masked = relu.answer(client, gates, opened, up, down, mask)
+                relu.closing(server, gates, opened, down, up, masked, target, index)
+                messages += [opened, down, up, masked]
+        results.append((*messages, ring.reduce(target, n)))
     for expected, found in zip(*results, strict=True):
         assert np.array_equal(expected, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from fss_networks import Builder, Floats, Sessions, images, planned, random_grap
 
 from pi_system.backends import base
 from pi_system.backends.base import Options
+from pi_system.backends.fss import batch as batches
 from pi_system.backends.fss import (
     client,
     kernels,
@@ -30,6 +32,7 @@ from pi_system.backends.fss import (
 from pi_system.backends.fss.plan import HIGH, Precision, calibrated
 from pi_system.backends.fss.public import Public, agree, send_plan
 from pi_system.backends.fss.server import PLAN_KEY
+from pi_system.bench.rounds import round_trips
 from pi_system.errors import IntegrityError, PiError, ProtocolError, RefusedError, UsageError
 from pi_system.graph import serialize
 from pi_system.graph.execute import run
@@ -65,7 +68,7 @@ def test_every_kernel_gives_the_same_session(seed: int, monkeypatch: pytest.Monk
     for module in (store, pairing):
         monkeypatch.setattr(module, "new_id", lambda: "0" * 32)
     results = []
-    for level in ("numpy", "portable", "avx2", "auto"):
+    for level in ("numpy", "portable", "avx2", "vaes", "auto"):
         drawn: Counter[str] = Counter()
 
         def seeded(drawn: Counter[str] = drawn) -> bytes:
@@ -183,13 +186,36 @@ def test_online_bytes_and_round_trips(keep: float) -> None:
     down = 4 + 1 + packing.size(batch * 5, plan.output_k)
     for name, count in kept.items():
         up += 4 + packing.size(count, plan.gates[name].n) + packing.size(count, 1)
-        down += 4 + packing.size(count, plan.gates[name].k) + packing.size(count, 1)
+        down += 4 + packing.size(count, plan.gates[name].k)
+        down += 4 + packing.size(count, 1)
     assert sum(kept.values()) == batch * graph.relu_kept
     assert sum(event.bytes for event in events if event.direction == "sent") == up
     assert sum(event.bytes for event in events if event.direction == "received") == down
-    assert len(events) == 2 * lowered.round_trips
+    assert len(events) == 3 * lowered.round_trips - 1
     assert lowered.round_trips == 1 + (3 if keep else 0)
     assert {event.peer for event in events} == {"server"}
+
+
+def test_a_batch_of_gates_in_many_parts_is_one_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, plan = planned(residual(keep=0.7))
+    x = images(graph, 2)
+    monkeypatch.setattr(batches, "PART", 48)
+    with Sessions(graph, Options(batch=2)) as sessions:
+        sessions.offline(SPARE)
+        ends = {"client": sessions.at_client, "server": sessions.at_server}
+        with contextlib.ExitStack() as stack:
+            for channel in ends.values():
+                stack.enter_context(channel.meter.in_phase("online"))
+            close_to(sessions.online(x), graph, x, plan.f_x, plan.error)
+        logs = {
+            role: [event for event in channel.meter.events if event.phase == "online"]
+            for role, channel in ends.items()
+        }
+    lowered = program.build(graph)
+    parts = sum(len(batches.parts(step.gates, 2)) for step in lowered.steps)
+    assert parts > 3 * lowered.round_trips
+    assert len(logs["client"]) == 3 * parts + 2
+    assert round_trips(logs) == lowered.round_trips
 
 
 def test_offline_bytes_are_those_of_the_protocol() -> None:

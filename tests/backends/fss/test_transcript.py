@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fss_networks import Builder, Floats, Sessions, images, planned, residual
 
-from pi_system.backends.fss import masks, packing, prg, relu, ring, transcript, weights
+from pi_system.backends.fss import batch, masks, packing, prg, relu, ring, transcript, weights
 from pi_system.backends.fss.plan import Precision
 from pi_system.backends.fss.prg import Stream
 from pi_system.backends.fss.ring import Words
@@ -124,6 +124,8 @@ def derived(sessions: Sessions, runs: int) -> Iterator[tuple[Key, tuple[Words, i
             shares[message.layer].append(relu.read_server_share(width, count, data))
         elif message.kind == "opening":
             openings[message.layer] = values
+        elif message.kind == "bits":
+            openings[message.layer] |= values
         elif message.kind == "closing":
             for field in message.fields:
                 what, _, op = field.name.partition(" ")
@@ -135,7 +137,10 @@ def derived(sessions: Sessions, runs: int) -> Iterator[tuple[Key, tuple[Words, i
                 d = signs ^ (x >> np.uint64(gates[op].k - 1))
                 yield Key("client", "server", "work", op, "D"), (d, 1, "rho")
                 _, share = shares[op].pop(0)
-                z = relu.result_share(share, x, signs, server=True) + values[field.name]
+                z = (
+                    relu.result_share(share.width, share.values, x, signs, server=True)
+                    + values[field.name]
+                )
                 z = ring.reduce(z, gates[op].n)
                 yield Key("server", "client", "work", op, "next Z"), (z, gates[op].n, "r'")
 
@@ -198,6 +203,18 @@ def test_what_every_party_receives_is_uniform() -> None:
         bare = {key.field: sample for key, sample in sampled.items() if not sample.cover}
         assert set(bare) == {"inference", "status"}
         assert not bare["status"].values.any()
+
+
+def test_frames_are_as_scheduled_in_many_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = network()
+    monkeypatch.setattr(batch, "PART", 16)
+    with Sessions(graph) as sessions:
+        sessions.offline(2)
+        for run in range(2):
+            sessions.online(images(graph, 1, seed=run))
+    kinds = Counter(message.kind for message in schedule(sessions, 2))
+    assert kinds["opening"] == kinds["bits"] == kinds["closing"] > 2 * 2 * kinds["image"]
+    assert collect(sessions, 2)
 
 
 def test_the_setup_is_uniform_whatever_the_weights_are() -> None:

@@ -16,7 +16,7 @@ from pi_system.backends.fss.prg import KeyStream
 from pi_system.backends.fss.ring import Words, reduce
 from pi_system.backends.fss.wide import WideConv, from_panels, panel_shape, to_panels
 
-LEVELS = ("numpy", "portable", "avx2", "auto")
+LEVELS = ("numpy", "portable", "avx2", "vaes", "auto")
 
 many = settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -1,0 +1,238 @@
+"""Drawings of a report: SVG that takes its colours from the page, and PNG for elsewhere.
+
+Matplotlib draws with stand-in colours; in the SVG they become ``currentColor`` and the page's
+variables, so that one drawing serves light, dark and paper.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Final
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+COLOURS: Final = (
+    "#0b6fb8", "#d1560b", "#0c8f6b", "#b5479a", "#b98200", "#5b5fc7", "#8a5a44", "#a7b0b9",
+)  # fmt: skip
+"""Of series, on white. ``page.html`` has them again, and others for the dark."""
+
+_INK: Final = "#1b1f24"
+_GRID: Final = "#d5d9de"
+_STAND_IN: Final = tuple(f"#fe00{number:02x}" for number in range(1, len(COLOURS) + 1))
+_INK_STAND_IN: Final = "#fe00f0"
+_GRID_STAND_IN: Final = "#fe00f1"
+_MARKERS: Final = "osD^vPX*"
+_WIDTH: Final = 4.7
+_LABEL: Final = 30
+_TICKS: Final = 7
+_STYLE: Final[dict[Any, Any]] = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pi-bench",
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one series, joined in the order of ``x`` unless ``joined`` is false."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Series over ReLU counts.
+
+    Attributes:
+        levels: named horizontal lines.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    log_x: bool = False
+    log_y: bool = False
+    levels: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars, the first on top; each is a stack of one value per kind.
+
+    Attributes:
+        stacks: (kind, values), one value per label.
+        muted: the kind that is drawn in grey.
+    """
+
+    title: str
+    x_label: str
+    labels: tuple[str, ...]
+    stacks: tuple[tuple[str, tuple[float, ...]], ...]
+    log: bool = False
+    muted: str = ""
+
+
+Chart = Lines | Bars
+
+
+def svg(chart: Chart, key: str) -> str:
+    """An inline ``<svg>`` element.
+
+    Args:
+        key: of letters and digits; makes the ids in it unique on the page.
+    """
+    figure = _draw(chart, _INK_STAND_IN, _GRID_STAND_IN, _STAND_IN)
+    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    text = _save(figure, "svg", metadata=none).decode()
+    text = text[text.index("<svg") :]
+    head, _, body = text.partition(">")
+    box = re.search(r'viewBox="[0-9. ]+"', head)
+    assert box is not None
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="([^"]*)"', rf'id="{key}-\1"', body)
+    body = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", body)
+    for number, colour in enumerate(_STAND_IN, 1):
+        body = body.replace(colour, f"var(--series-{number})")
+    body = body.replace(_INK_STAND_IN, "currentColor").replace(_GRID_STAND_IN, "var(--rule)")
+    label = escape(chart.title, quote=True)
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {names} {box[0]} role="img" aria-label="{label}">{body}'
+
+
+def png(chart: Chart) -> bytes:
+    """The same on white."""
+    return _save(_draw(chart, _INK, _GRID, COLOURS), "png", dpi=200, facecolor="white")
+
+
+def _save(figure: Figure, format_: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Names from files may have characters that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format=format_, **{"transparent": format_ == "svg", **options})
+    return buffer.getvalue()
+
+
+def _draw(chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> Figure:
+    style: dict[Any, Any] = {
+        **_STYLE,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), ink),
+        **dict.fromkeys(("xtick.color", "ytick.color"), ink),
+        "grid.color": grid,
+    }
+    with matplotlib.rc_context(style):
+        if isinstance(chart, Lines):
+            return _lines(chart, ink, colours)
+        return _bars(chart, colours)
+
+
+def _lines(chart: Lines, ink: str, colours: Sequence[str]) -> Figure:
+    rows = -(-len(chart.lines) // 2)
+    figure = Figure(figsize=(_WIDTH, 3.0 + 0.2 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    for number, line in enumerate(chart.lines):
+        order = sorted(range(len(line.x)), key=lambda i, x=line.x: x[i])  # type: ignore[misc]
+        axes.plot(
+            [line.x[i] for i in order],
+            [line.y[i] for i in order],
+            color=colours[number % len(colours)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4.5,
+            linewidth=1.6,
+            linestyle=("-" if number < len(colours) else "--") if line.joined else "",
+            label=short(line.label),
+        )
+    for name, level in chart.levels:
+        axes.axhline(level, color=ink, linewidth=1, linestyle=":")
+        axes.annotate(
+            short(name), (0, level), (2, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+    if chart.log_y:
+        axes.set_yscale("log")
+    else:
+        axes.margins(y=0.1)
+    if chart.log_x:
+        axes.set_xscale("log")
+        ticks = sorted({x for line in chart.lines for x in line.x})
+        if len(ticks) <= _TICKS:
+            axes.set_xticks(ticks)
+            axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.yaxis.set_major_formatter(FuncFormatter(_count))
+    axes.grid(True, axis="y", linewidth=0.7)
+    axes.set_xlabel(short(chart.x_label))
+    axes.set_title(short(chart.y_label), loc="left")
+    if len(chart.lines) > 1 or chart.levels:
+        _legend(figure, axes)
+    return figure
+
+
+def _bars(chart: Bars, colours: Sequence[str]) -> Figure:
+    rows = max(1, len(chart.labels))
+    height = 0.75 + 0.19 * rows + 0.2 * (-(-len(chart.stacks) // 2))
+    figure = Figure(figsize=(_WIDTH, max(1.6, height)), layout="constrained")
+    axes = figure.add_subplot()
+    places = list(range(rows))
+    left = [0.0] * rows
+    for number, (kind, values) in enumerate(chart.stacks):
+        axes.barh(
+            places, values, 0.72, left=None if chart.log else left,
+            color=colours[-1 if kind == chart.muted else number % (len(colours) - 1)],
+            label=short(kind),
+        )  # fmt: skip
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(places, [short(label) for label in chart.labels], fontsize=8)
+    axes.set_ylim(rows - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    if chart.log:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.grid(True, axis="x", linewidth=0.7)
+    axes.set_xlabel(short(chart.x_label))
+    if len(chart.stacks) > 1:
+        _legend(figure, axes)
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(len(label) for label in labels)
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=1 if longest > 26 else 2,
+        handlelength=1.6, columnspacing=1.2,
+    )  # fmt: skip
+
+
+def short(label: str) -> str:
+    """A label that fits; the table beside a chart has the whole of it."""
+    return label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+
+
+def _count(value: float, place: object = None) -> str:
+    """10000 as 10k, 2500000 as 2.5M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
