@@ -150,6 +150,13 @@ def serving(function: F) -> F:
             "none) or words.",
         ),
         click.option(
+            "--idle-timeout",
+            type=click.FloatRange(min=0.1),
+            default=600.0,
+            show_default=True,
+            help="Seconds a client may be silent between its requests.",
+        ),
+        click.option(
             "--drain",
             type=click.FloatRange(min=0.0),
             default=30.0,
@@ -203,11 +210,11 @@ def watch_parent() -> None:
     exit_with_parent()
 
 
-def timeouts(step: float, prepare: float) -> Timeouts:
+def timeouts(step: float, prepare: float, idle: float = 600.0) -> Timeouts:
     """The patience asked for."""
     from ...parties.timeouts import Timeouts
 
-    return Timeouts(step=step, prepare=prepare)
+    return Timeouts(step=step, prepare=prepare, idle=idle)
 
 
 def listener(text: str) -> Listener:
