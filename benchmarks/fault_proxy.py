@@ -94,14 +94,17 @@ class Proxy:
             far.settimeout(None)
             for one in (near, far):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connecting, listening = self.link.split("-")
-            for source, target, names in (
-                (near, far, (connecting, listening)),
-                (far, near, (listening, connecting)),
-            ):
-                threading.Thread(
-                    target=self._relay, args=(source, target, *names), daemon=True
-                ).start()
+            threading.Thread(target=self._join, args=(near, far), daemon=True).start()
+
+    def _join(self, near: socket.socket, far: socket.socket) -> None:
+        connecting, listening = self.link.split("-")
+        back = threading.Thread(
+            target=self._relay, args=(far, near, listening, connecting), daemon=True
+        )
+        with near, far:
+            back.start()
+            self._relay(near, far, connecting, listening)
+            back.join()
 
     def _relay(self, source: socket.socket, target: socket.socket, sender: str, to: str) -> None:
         wire, number = self._wire, 0

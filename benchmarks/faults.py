@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import queue
@@ -57,6 +58,7 @@ class Deployment:
         self.witness.touch()
         if tls:
             certificates.make(folder / "certs", roles=("server", "client", "dealer"))
+        self._readers: list[threading.Thread] = []
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.events: queue.Queue[tuple[float, dict[str, Any]]] = queue.Queue()
         self.proxies = {link: Proxy(link, 0, self.wire, tls=tls) for link in LINKS}
@@ -76,7 +78,9 @@ class Deployment:
         for link, proxy in self.proxies.items():
             if link.endswith(role):
                 proxy.target = port
-        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+        reader = threading.Thread(target=self._listen, args=(process,), daemon=True)
+        reader.start()
+        self._readers.append(reader)
         self.idle = {**getattr(self, "idle", {}), role: _sockets(process.pid)}
 
     def client(self) -> subprocess.Popen[str]:
@@ -84,7 +88,8 @@ class Deployment:
         process = self.processes["client"] = self._run(
             "client", "--server", f"127.0.0.1:{self.proxies['client-server'].port}",
             "--dealer", f"127.0.0.1:{self.proxies['client-dealer'].port}",
-            "--images", str(self._model.parent / "x.npy"), "--format", "csv", *self._keeps("client"),
+            "--images", str(self._model.parent / "x.npy"), "--format", "csv",
+            *self._keeps("client"),
         )  # fmt: skip
         return process
 
@@ -111,6 +116,10 @@ class Deployment:
             except ValueError:
                 event = {"event": "stderr", "role": "?", "error": line.strip()}
             self.events.put((time.monotonic(), event))
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
     def kill(self, role: str) -> None:
         self.processes[role].kill()
@@ -160,6 +169,8 @@ class Deployment:
                 self.processes[role].wait(10)
             except subprocess.TimeoutExpired:
                 self.processes[role].kill()
+        for reader in self._readers:
+            reader.join(10)
         for proxy in self.proxies.values():
             proxy.close()
         return [str(path.name) for path in (*self.temporary.iterdir(), *self.folder.rglob("*.tmp"))]
@@ -250,7 +261,7 @@ def run_cell(at: Deployment, fault: Fault | None, truth: np.ndarray[Any, Any]) -
     if at._store:
         for role in ("client", "server"):
             ids = [use["id"] for use in uses if use["role"] == role]
-            row["reused"] += sum(b <= a for a, b in zip(ids, ids[1:], strict=False))
+            row["reused"] += sum(b <= a for a, b in itertools.pairwise(ids))
             row["reused"] += any(i > at.ledger(role)[1] for i in ids)
     deadline = time.monotonic() + 5
     while at.busy() and time.monotonic() < deadline:
@@ -272,6 +283,12 @@ def verdict(row: dict[str, Any]) -> str:
         wrong.append(f"client exit {code}")
     if code == 0 and row["answer"] != "right":
         wrong.append(f"{row['answer']} answer")
+    for role in ("server", "dealer"):
+        if row["killed"] != role and row.get(role, {}).get("error", "").startswith("unexpected"):
+            wrong.append(f"{role}: {row[role]['error']}")
+    noticed = row["killed"] == "server" or row.get("server", {}).get("event") != "ended"
+    if code != 0 and not noticed and row["phase"] != "close":
+        wrong.append("the server took it for an orderly end")
     if row["retry"] != "right":
         wrong.append(f"retry: {row['retry']}")
     if row["reused"]:
@@ -321,7 +338,9 @@ def matrix(
         )
         reference = run_cell(at, None, truth)
         at.close()
-        assert verdict(reference) == "ok" and reference["client"]["exit"] == 0, reference
+        assert verdict({**reference, "phase": ""}) == "ok" and reference["client"]["exit"] == 0, (
+            reference
+        )
         seen[name] = reference["seen"]
     todo = cells(seen["plain"], seen["tls"])[::every]
     name = f"{'tls' if tls else 'plain'}, {'stores' if store else 'no stores'}"
@@ -392,7 +411,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {' | '.join(key)} | {len(group)} | {sum(r['verdict'] == 'ok' for r in group)} | "
             f"{', '.join(f'{code} x {n}' for code, n in sorted(codes.items()))} | "
             f"{max(row['seconds'] for row in group):.1f} | {burnt} / {len(group) - burnt} | "
-            f"{sum(row['reused'] for row in group)} | {sum(map(bool, (r['orphans'] for r in group)))} |"
+            f"{sum(row['reused'] for row in group)} | "
+            f"{sum(bool(row['orphans']) for row in group)} |"
         )
     bad = [row for row in rows if row["verdict"] != "ok"]
     lines += ["", f"{len(rows)} cells, {len(rows) - len(bad)} as required."]

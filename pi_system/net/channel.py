@@ -75,6 +75,8 @@ class Channel:
             :meth:`spinning`.
         role: what the peer's certificate speaks for; ``None`` without TLS.
         tap: called with the direction and the payload of every whole frame (see ``net/tap.py``).
+        who: the peer for limits and logs: its certificate's fingerprint or else its address, as it
+            was at the beginning.
         while_silent: called several times a second with the seconds of the peer's silence, while
             its frame is waited for; may raise a :class:`PeerError`.
 
@@ -95,6 +97,7 @@ class Channel:
         self.timeout = timeout
         self.spin = 0.0
         self.role = role_of(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
+        self.who = _who(sock)
         self.tap: Callable[[Direction, memoryview], None] | None = None
         self.while_silent: Callable[[float], None] | None = None
         self._raw = sock
@@ -202,19 +205,6 @@ class Channel:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"the {self.peer} sent no valid JSON") from error
-
-    @property
-    def who(self) -> str:
-        """The peer for limits and logs: its certificate's fingerprint or else its address."""
-        if isinstance(self._raw, ssl.SSLSocket):
-            certificate = self._raw.getpeercert(binary_form=True) or b""
-            return f"cert:{hashlib.sha256(certificate).hexdigest()[:16]}"
-        if self._raw.family not in _INTERNET:
-            return "local"
-        try:
-            return f"host:{self._raw.getpeername()[0]}"
-        except OSError:
-            return "gone"
 
     def cut(self) -> None:
         """Break the connection, from another thread: whoever waits on it has lost its peer."""
@@ -417,6 +407,18 @@ class Channel:
                 return
             if not incoming.complete:
                 return
+
+
+def _who(sock: socket.socket) -> str:
+    if isinstance(sock, ssl.SSLSocket):
+        certificate = sock.getpeercert(binary_form=True) or b""
+        return f"cert:{hashlib.sha256(certificate).hexdigest()[:16]}"
+    if sock.family not in _INTERNET:
+        return "local"
+    try:
+        return f"host:{sock.getpeername()[0]}"
+    except OSError:
+        return "gone"
 
 
 def _yield_processor() -> bool:

@@ -155,8 +155,8 @@ class _Session:
             client.while_silent = None if self._host is None else self._host.end_when_idle
             try:
                 verb, number = commands.receive(client)
-            except PeerClosed:
-                return
+            except PeerClosed as error:
+                raise PeerClosed("the client has gone without ending the session") from error
             client.while_silent = None
             needs = verb in ("prepare", "offline", "online")
             if (verb == "setup" and ready) or (needs and not ready):
