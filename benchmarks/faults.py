@@ -230,7 +230,8 @@ def run_cell(at: Deployment, fault: Fault | None, truth: np.ndarray[Any, Any]) -
     row["seconds"] = round(max(ended, quiet) - since, 2)
     row["answer"] = _answer(out, truth) if client.returncode == 0 else ""
     for when, event in at.drain():
-        if event["event"] in ("failed", "refused", "ended", "stderr"):
+        told = row.get(event["role"], {"event": "ended"})["event"] != "ended"  # the first counts
+        if event["event"] in ("failed", "refused", "ended", "stderr") and not told:
             row[event["role"]] = {
                 "event": event["event"],
                 "kind": event.get("kind", ""),
