@@ -11,6 +11,7 @@ from .. import common
 from .audit import audit
 from .compare import compare
 from .env import env
+from .predict import predict
 from .regress import regress
 from .report import report
 from .run import run
@@ -27,7 +28,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress, report, audit):
+for _command in (run, compare, sweep, predict, report, regress, audit, env):
     cli.add_command(_command)
 
 
