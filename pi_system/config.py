@@ -21,14 +21,22 @@ def load_toml(path: Path, cls: type[T]) -> T:
     Raises:
         UsageError: the file is missing, is not TOML, or does not fit ``cls``.
     """
+    return from_mapping(read_toml(path), cls, where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of the TOML file ``path``.
+
+    Raises:
+        UsageError: the file is missing or is not TOML.
+    """
     try:
         with open(path, "rb") as file:
-            data = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
-    return from_mapping(data, cls, where=str(path))
 
 
 def from_mapping(data: Mapping[str, Any], cls: type[T], *, where: str) -> T:
@@ -74,6 +82,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise UsageError(f"{where}: expected a list")
         item = typing.get_args(hint)[0]
         return tuple(_convert(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{where}: expected a table")
+        item = typing.get_args(hint)[1]
+        return {str(k): _convert(v, item, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -8,6 +8,7 @@
     +-- BudgetError         3  a budget or a regression limit is broken
     +-- ParityError         4  the private answer differs from plaintext's
     +-- PeerError           5  a peer was lost, refused the connection or timed out
+    |   +-- BusyError       5  a peer has no place for one more session now; try again later
     |   +-- PeerTimeout     5
     |   +-- ProtocolError   5  the peer sent something the protocol does not allow
     +-- RefusedError        6  identity, integrity or reuse of one-time material
@@ -59,6 +60,10 @@ class PeerError(PiError):
     """A peer was lost, refused the connection or closed it early."""
 
     exit_code = 5
+
+
+class BusyError(PeerError):
+    """A peer has no place for one more session now; the same request may succeed later."""
 
 
 class PeerTimeout(PeerError):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -53,6 +54,9 @@ DEFAULT_TIMEOUT: Final = 8.0
 
 _MAX_JSON: Final = 1 << 20
 _SMALL: Final = 1 << 14
+_INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
+_LOOK_UP: Final = 0.2
+"""Seconds between two calls of :attr:`Channel.while_silent`."""
 _OTHERS: Final = 2e-5
 """Seconds of a yield after which somebody else must have had the processor."""
 _WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -71,6 +75,8 @@ class Channel:
             :meth:`spinning`.
         role: what the peer's certificate speaks for; ``None`` without TLS.
         tap: called with the direction and the payload of every whole frame (see ``net/tap.py``).
+        while_silent: called several times a second with the seconds of the peer's silence, while
+            its frame is waited for; may raise a :class:`PeerError`.
 
     With ``link``, an emulated network lies between the two (see :mod:`.link`); both ends say so.
     """
@@ -90,13 +96,15 @@ class Channel:
         self.spin = 0.0
         self.role = role_of(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
         self.tap: Callable[[Direction, memoryview], None] | None = None
+        self.while_silent: Callable[[float], None] | None = None
+        self._raw = sock
         self._socket = sock if link is None else Shaped(sock, link)
         self._closed = self._failed = False
         self._buffer = bytearray(BUFFER)
         self._start = self._end = 0
         self._ahead = 0
         self._ended = False
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
+        if sock.family in _INTERNET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _keep_alive(sock)
         sock.setblocking(False)
@@ -194,6 +202,24 @@ class Channel:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"the {self.peer} sent no valid JSON") from error
+
+    @property
+    def who(self) -> str:
+        """The peer for limits and logs: its certificate's fingerprint or else its address."""
+        if isinstance(self._raw, ssl.SSLSocket):
+            certificate = self._raw.getpeercert(binary_form=True) or b""
+            return f"cert:{hashlib.sha256(certificate).hexdigest()[:16]}"
+        if self._raw.family not in _INTERNET:
+            return "local"
+        try:
+            return f"host:{self._raw.getpeername()[0]}"
+        except OSError:
+            return "gone"
+
+    def cut(self) -> None:
+        """Break the connection, from another thread: whoever waits on it has lost its peer."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._raw, socket.SHUT_RDWR)
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -362,6 +388,9 @@ class Channel:
         if left <= 0:
             what = "sent nothing" if reading else "took nothing"
             raise PeerTimeout(f"the {self.peer} {what} within {self.timeout:g} s")
+        if self.while_silent is not None and not writing:
+            self.while_silent(deadline.silence())
+            left = min(left, _LOOK_UP)
         reading = reading or self._has_room()
         if isinstance(self._socket, Shaped):
             self._socket.wait(reading, writing, left)
@@ -408,7 +437,7 @@ class Listener:
         _check_port(port)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.create_server((host, port), family=family, backlog=16)
+            self._socket = socket.create_server((host, port), family=family, backlog=128)
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
             reason = "the port is in use" if in_use else (error.strerror or str(error))
@@ -455,11 +484,31 @@ class Listener:
             PeerTimeout: nobody connected.
             RefusedError, PeerError: somebody did, but TLS failed.
         """
+        sock = self.take(wait, peer=peer)
+        return self.welcome(
+            sock, peer=peer, meter=meter, timeout=timeout, link=link, identity=identity, roles=roles
+        )
+
+    def take(self, wait: float | None = None, *, peer: str = "peer") -> socket.socket:
+        """The first half of :meth:`accept`: a connection that nothing was said on yet."""
         self._socket.settimeout(wait)
         try:
-            sock, _ = self._socket.accept()
+            return self._socket.accept()[0]
         except TimeoutError as error:
             raise PeerTimeout(f"the {peer} did not connect within {wait:g} s") from error
+
+    @staticmethod
+    def welcome(
+        sock: socket.socket,
+        *,
+        peer: str = "peer",
+        meter: Meter | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        link: Link | None = None,
+        identity: Identity | None = None,
+        roles: tuple[str, ...] = ROLES,
+    ) -> Channel:
+        """The second half of :meth:`accept`, which may take the peer some time."""
         if identity is not None:
             with _closed_on_failure(sock):
                 sock = identity.accept(sock, roles=roles, seconds=timeout or DEFAULT_TIMEOUT)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import PeerError, ProtocolError, RefusedError, UsageError
+from ..errors import BusyError, PeerError, ProtocolError, RefusedError, UsageError
 
 Data = bytes | bytearray | memoryview
 Array = npt.NDArray[Any]
@@ -143,12 +143,15 @@ class Incoming:
         text = "".join(c for c in text if c.isprintable()) or "no reason given"
         if kind == "refused":
             raise RefusedError(f"the {peer} refused: {text}")
+        if kind == "busy":
+            raise BusyError(f"the {peer} is busy: {text}")
         raise PeerError(f"the {peer} gave up: {text}")
 
 
 def abort_message(error: Exception) -> bytes:
     """The bytes that tell a peer why this side gives up."""
-    kind = b"refused" if isinstance(error, RefusedError) else b"failed"
+    kinds = {RefusedError: b"refused", BusyError: b"busy"}
+    kind = next((word for cls, word in kinds.items() if isinstance(error, cls)), b"failed")
     text = " ".join(str(error).split()).encode(errors="replace")[: ABORT_LIMIT - 16]
     payload = kind + b" " + text
     return HEADER.pack(ABORT) + HEADER.pack(len(payload)) + payload

@@ -119,6 +119,21 @@ class Meter:
         """Bytes so far in one phase, to or from one peer."""
         return self.totals.get((phase, peer, direction), 0)
 
+    def moved(self) -> tuple[int, int]:
+        """Bytes sent and received so far."""
+        sent, received = (
+            sum(size for (_, _, way), size in self.totals.items() if way == direction)
+            for direction in ("sent", "received")
+        )
+        return sent, received
+
+    def take_over(self, other: Meter, peer: str) -> None:
+        """Count what ``other`` has counted, as of ``peer``."""
+        for (phase, _, direction), size in other.totals.items():
+            key = (phase, peer, direction)
+            self.totals[key] = self.totals.get(key, 0) + size
+        self.events += [event._replace(peer=peer) for event in other.events]
+
     def to_json(self) -> dict[str, Any]:
         """The log as JSON-able data, read back by :func:`events_from_json`."""
         return {

@@ -10,6 +10,7 @@ from ..base import Options
 from . import device
 from .client import Client
 from .dealer import Dealer
+from .prepared import Workshop
 from .server import Server
 from .source import SYSTEM, Source
 from .store import Store
@@ -28,6 +29,7 @@ class FssBackend:
     def __init__(self, source: Source = SYSTEM) -> None:
         self._source = source
         self._store: Store | None = None
+        self._workshop = Workshop()
 
     def open_store(self, directory: Path, role: str, limit: int | None = None) -> None:
         """Keep material of this party in ``directory``, for all sessions from now on.
@@ -41,7 +43,7 @@ class FssBackend:
         self, graph: Graph, client: Channel, dealer: Channel | None, options: Options
     ) -> Server:
         _check(options)
-        return Server(graph, client, dealer, options, self._store, self._source)
+        return Server(graph, client, dealer, options, self._store, self._source, self._workshop)
 
     def client(
         self, public: Graph, server: Channel, dealer: Channel | None, options: Options

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import numpy as np
-
-from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
+from ...errors import RefusedError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
-from . import device, offline, packing, pairing, plan, program, weights
+from . import offline, packing, pairing, plan, program, weights
 from .linear import RingConv
 from .masks import blinding
 from .material import ServerMaterial
 from .online import Run
 from .packing import Reader
 from .plan import PLAN_KEY as PLAN_KEY
-from .plan import PRECISIONS, Plan
+from .plan import Plan
+from .prepared import Workshop
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
 from .ring import Words
 from .source import SYSTEM, Source
 from .store import Claimed, Step, Stock, Store
 from .wide import from_panels, panel_shape
-
-_log = logging.getLogger(__name__)
 
 
 class Server:
@@ -46,12 +42,14 @@ class Server:
         options: Options,
         store: Store | None = None,
         source: Source = SYSTEM,
+        workshop: Workshop | None = None,
     ) -> None:
         self._graph = graph
         self._client = client
         self._dealer = dealer
         self._options = options
         self._store = store
+        self._workshop = workshop or Workshop()
         self._source = source
         self._claimed: Claimed[ServerMaterial] = Claimed()
         self._paired: Stock[ServerMaterial] | None = None
@@ -62,9 +60,9 @@ class Server:
 
     def setup(self) -> None:
         graph = self._graph
-        lowered = program.build(graph)
-        chosen = self._plan()
-        public = Public(graph.public(), lowered, chosen, graph.sha256(), self._options.batch)
+        prepared = self._workshop.get(graph, self._options, self._plan)
+        public = prepared.public
+        lowered, chosen = public.lowered, public.plan
         seed = self._source.seed()
         send_plan(self._client, public)
         self._client.send(seed)
@@ -78,38 +76,15 @@ class Server:
                 blinded = weight - from_panels(op, b)
                 # First, so that the dealer works while this side prepares its own kernel.
                 self._dealer.send(packing.pack(blinded, planned.n))
-            bits = int(np.abs(weight.view(np.int64)).max(initial=0)).bit_length() + 1
-            source = lowered.shapes[op.source]
-            where = self._options.device
-            self._convs[op.out] = device.narrow(
-                where, op, source, weight, planned.n, bits,
-                batch=public.batch, threads=self._options.threads,
-            )  # fmt: skip
+            self._convs[op.out] = prepared.conv(op, weight)
             self._bias[op.out] = bias.reshape(-1, 1, 1)
-        self._positions = {op.out: program.positions(op, public.batch) for op in lowered.relus}
+        self._positions = prepared.positions
         agree(self._client.recv_json(), public, "client")
         self._paired = pairing.meet_client(self._store, public, self._client)
         self._public = public
 
     def _plan(self) -> Plan:
-        name = self._options.plan
-        if name not in PRECISIONS:
-            raise UsageError(f"no plan {name!r}: there are {', '.join(PRECISIONS)}")
-        graph = self._graph
-        stored = graph.metadata.get(PLAN_KEY)
-        if stored is None:
-            _log.warning(
-                "%s has no fixed-point plan: calibrated on synthetic images, which natural ones "
-                "may exceed; pi-export --calibrate makes one from samples",
-                graph.metadata.get("name", "the model"),
-            )
-            return plan.calibrate(graph, plan.synthetic_images(graph), PRECISIONS[name])
-        if not isinstance(stored, Mapping) or name not in stored:
-            raise UsageError(f"the model was exported without a {name} plan; export it again")
-        try:
-            return Plan.from_json(stored[name], program.build(graph))
-        except ProtocolError as error:
-            raise IntegrityError(f"the model's {name} plan: {error}") from error
+        return plan.of_graph(self._graph, program.build(self._graph), self._options.plan)
 
     def offline(self, count: int) -> None:
         step = self._follow(count, claim=True)

@@ -9,6 +9,7 @@ import click
 
 from .. import common
 from .audit import audit
+from .budget import budget
 from .compare import compare
 from .env import env
 from .predict import predict
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, predict, report, regress, audit, env):
+for _command in (run, compare, sweep, predict, report, regress, audit, env, budget):
     cli.add_command(_command)
 
 

@@ -20,6 +20,11 @@ def dealer(
     listen: str,
     once: bool,
     stats: str | None,
+    sessions: int,
+    queue: int,
+    per_client: int,
+    drain: float,
+    log: str | None,
     backend: str,
     device: str,
     threads: int,
@@ -54,10 +59,13 @@ def dealer(
             timeouts=options.timeouts(timeout, prepare_timeout),
             link=parse(network),
             log_frames=stats is not None,
+            limits=options.limits(sessions, queue, per_client, timeout),
+            drain=drain,
             identity=identity,
         )
-        serving = party.Dealer(listener, settings)
-        options.ready(listener)
+        serving = party.Dealer(listener, settings, options.journal("dealer", log, once))
         if not once:
-            serving.serve_forever(options.log)
+            options.serve(serving.host(), listener)
+            return
+        options.ready(listener)
         options.write_stats(stats, "dealer", serving.serve_once().to_json())

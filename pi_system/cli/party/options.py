@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -15,6 +18,9 @@ from ...backends import DEFAULT
 if TYPE_CHECKING:
     from ...net.channel import Listener
     from ...net.tls import Identity
+    from ...parties.admission import Limits
+    from ...parties.journal import Format, Journal
+    from ...parties.serving import Host
     from ...parties.timeouts import Timeouts
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,6 +144,42 @@ def serving(function: F) -> F:
         ),
         click.option("--once", is_flag=True, help="End after one session, with its exit code."),
         click.option(
+            "--log",
+            type=click.Choice(["json", "text", "none"]),
+            help="What happens, one line each on stderr: JSON objects (the default; with --once "
+            "none) or words.",
+        ),
+        click.option(
+            "--drain",
+            type=click.FloatRange(min=0.0),
+            default=30.0,
+            show_default=True,
+            help="Seconds for running requests to end after SIGTERM or Ctrl-C; a second signal "
+            "ends at once.",
+        ),
+        click.option(
+            "--per-client",
+            type=click.IntRange(1),
+            default=4,
+            show_default=True,
+            help="Sessions of one client, known by its certificate or else its address.",
+        ),
+        click.option(
+            "--queue",
+            type=click.IntRange(0),
+            default=16,
+            show_default=True,
+            help="Sessions that wait for a place, for up to 0.3 of --timeout; more are told to "
+            "come later.",
+        ),
+        click.option(
+            "--sessions",
+            type=click.IntRange(1),
+            default=8,
+            show_default=True,
+            help="Sessions at once.",
+        ),
+        click.option(
             "--device", default="cpu", show_default=True, help="Torch device of the linear layers."
         ),
     ):
@@ -147,8 +189,6 @@ def serving(function: F) -> F:
 
 def prepare(threads: int, exit_with_parent: bool) -> None:
     """Before numpy and torch are imported: threads, and the watch on the launcher."""
-    import os
-
     from ...parties.process import thread_environment
 
     os.environ.update(thread_environment(threads))
@@ -185,9 +225,38 @@ def ready(listener: Listener) -> None:
     print(json.dumps({"ready": True, "host": listener.host, "port": listener.port}), flush=True)
 
 
-def log(line: str) -> None:
-    """One line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+def journal(role: str, format_: str | None, once: bool) -> Journal:
+    """What a listening party says on stderr."""
+    from ...parties.journal import Journal, printer
+
+    made = Journal(role)
+    chosen = cast("Format", format_ or ("none" if once else "json"))
+    if chosen != "none":
+        made.add(printer(chosen))
+        made.take_warnings()
+    return made
+
+
+def limits(sessions: int, queue: int, per_client: int, timeout: float) -> Limits:
+    """How much a listening party takes on."""
+    from ...parties.admission import Limits
+
+    return Limits(sessions, queue, per_client, patience=0.3 * timeout)
+
+
+def serve(host: Host, listener: Listener) -> None:
+    """Say so and serve until SIGTERM or Ctrl-C; a second one ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if host.stopping:
+            os._exit(128 + number)
+        host.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    ready(listener)
+    host.journal.write("listening", listen=f"{listener.host}:{listener.port}")
+    host.serve_forever()
 
 
 def write_stats(stats: str | None, role: str, meter: dict[str, Any]) -> None:

@@ -34,6 +34,11 @@ def server(
     store_limit: int | None,
     once: bool,
     stats: str | None,
+    sessions: int,
+    queue: int,
+    per_client: int,
+    drain: float,
+    log: str | None,
     backend: str,
     device: str,
     threads: int,
@@ -44,7 +49,7 @@ def server(
     certs: Path | None,
     insecure: bool,
 ) -> None:
-    """Own the model and serve clients, one session after another.
+    """Own the model and serve clients, several at once.
 
     Prints one JSON line with host and port when ready.
 
@@ -80,10 +85,14 @@ def server(
             timeouts=options.timeouts(timeout, prepare_timeout),
             link=parse(network),
             log_frames=stats is not None,
+            limits=options.limits(sessions, queue, per_client, timeout),
+            drain=drain,
             identity=identity,
         )
-        options.ready(listener)
+        journal = options.journal("server", log, once)
         if not once:
-            party.serve_forever(listener, settings, options.log)
-        meter = party.serve_once(listener, settings)
+            options.serve(party.host(listener, settings, journal), listener)
+            return
+        options.ready(listener)
+        meter = party.serve_once(listener, settings, journal)
         options.write_stats(stats, "server", meter.to_json())
