@@ -21,14 +21,22 @@ def load_toml(path: Path, cls: type[T]) -> T:
     Raises:
         UsageError: the file is missing, is not TOML, or does not fit ``cls``.
     """
+    return from_mapping(read_toml(path), cls, where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in ``path``.
+
+    Raises:
+        UsageError: the file is missing, or is not TOML.
+    """
     try:
         with open(path, "rb") as file:
-            data = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
-    return from_mapping(data, cls, where=str(path))
 
 
 def from_mapping(data: Mapping[str, Any], cls: type[T], *, where: str) -> T:

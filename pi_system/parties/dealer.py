@@ -9,16 +9,18 @@ import contextlib
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ..backends.base import Options
-from ..errors import BusyError, PeerTimeout, PiError, RefusedError
+from ..errors import BusyError, PeerTimeout, PiError, ProtocolError, RefusedError
 from ..net.channel import Channel, Listener
 from ..net.meter import Meter
-from . import handshake
+from . import commands, handshake
 from .admission import STOPPING
 from .handshake import Hello
 from .journal import Journal, milliseconds
+from .quota import Quota
 from .serving import Host, ServingSettings
 
 _QUIET: Final = 1.0
@@ -43,6 +45,7 @@ class Dealer:
         self._waiting: dict[str, _Waiting] = {}
         self._lock = threading.Lock()
         self._host: Host | None = None
+        self._quota = Quota(settings.quota)
 
     def host(self) -> Host:
         """For many pairs at once; :meth:`Host.serve_forever` runs it."""
@@ -168,7 +171,10 @@ class Dealer:
                     channel.timeout = settings.timeouts.idle
                     channel.while_silent = self._end_when_idle
                     handshake.say(channel, hello.answer("dealer", settings.backend_name))
-                options = Options(hello.batch, settings.threads, settings.device)
+                options = Options(
+                    hello.batch, settings.threads, settings.device,
+                    grant=partial(self._grant, named["session"], named["who"]),
+                )  # fmt: skip
                 settings.backend.dealer(server, client, options).run()
             except Exception as error:
                 known = isinstance(error, PiError)
@@ -180,6 +186,19 @@ class Dealer:
                 raise
         self._journal.write("ended", **named, **_summary(meter, started))
         return meter
+
+    def _grant(self, session: str, who: str, count: int) -> None:
+        """Material of ``count`` inferences is asked for.
+
+        Raises:
+            BusyError: they are over the client's quota.
+        """
+        if not 1 <= count <= commands.MAX_OFFLINE:
+            raise ProtocolError(f"the client asked for material of {count} inferences")
+        self._quota.take(who, count)
+        self._journal.write(
+            "request", session=session, request=f"material {count}", phase="offline", count=count
+        )
 
     def _end_when_idle(self, silent: float) -> None:
         if self._host is not None and silent > _QUIET:

@@ -50,6 +50,8 @@ class ServingSettings:
         log_frames: keep the log of frames for :class:`Meter`'s readers.
         limits: of sessions at once.
         drain: seconds for running requests to end when the party is stopped.
+        quota: the dealer's: inferences an hour that one client may have material for; ``None``
+            for any number.
     """
 
     backend: Backend
@@ -62,6 +64,7 @@ class ServingSettings:
     log_frames: bool = False
     limits: Limits = field(default_factory=Limits)
     drain: float = 30.0
+    quota: int | None = None
 
 
 class Host:

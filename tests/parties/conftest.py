@@ -38,6 +38,7 @@ class Party:
             raise RuntimeError(self.process.communicate()[1])
         ready = json.loads(line)
         self.at = Address(ready["host"], ready["port"])
+        self.metrics: str = ready.get("metrics", "")
 
     def end(self, timeout: float = 10) -> tuple[int, list[dict[str, Any]]]:
         """Its exit code and what it wrote."""

@@ -56,6 +56,7 @@ class Dealer:
         if not isinstance(request, dict) or not isinstance(request.get("count"), int):
             raise ProtocolError("the client sent no request for material")
         agree(request.get("digest"), public, "client")
+        self._options.grant(request["count"])
         with self._server.meter.in_phase("offline"):
             for _ in range(min(request["count"], MAX_COUNT)):
                 head = self._client.recv(8 + prg.SEED_BYTES)
