@@ -32,9 +32,10 @@ class Options:
 
     ``threads`` is per party; ``device`` is a torch device name for server and dealer; ``plan``
     names the precision the server is to use, and only the server's counts; ``model`` is the hash
-    of the model that the client was told, and only the client's counts. ``grant`` is the
-    dealer's: called with the number of inferences whose material the client asks for, it may
-    refuse them.
+    of the model that the client was told, and only the client's counts. ``ahead`` is
+    the number of inferences for which the client announces, and the dealer at most makes, material
+    before it is asked for. ``grant`` is the dealer's: called with the number of inferences whose
+    material the client asks for, it may refuse them.
     """
 
     batch: int = 1
@@ -42,6 +43,7 @@ class Options:
     device: str = "cpu"
     plan: str = "default"
     model: str | None = None
+    ahead: int = 0
     grant: Callable[[int], None] = field(default=lambda count: None, compare=False)
 
 

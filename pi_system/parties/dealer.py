@@ -172,7 +172,7 @@ class Dealer:
                     channel.while_silent = self._end_when_idle
                     handshake.say(channel, hello.answer("dealer", settings.backend_name))
                 options = Options(
-                    hello.batch, settings.threads, settings.device,
+                    hello.batch, settings.threads, settings.device, ahead=settings.ahead,
                     grant=partial(self._grant, named["session"], named["who"]),
                 )  # fmt: skip
                 settings.backend.dealer(server, client, options).run()

@@ -52,6 +52,7 @@ class ServingSettings:
         drain: seconds for running requests to end when the party is stopped.
         quota: the dealer's: inferences an hour that one client may have material for; ``None``
             for any number.
+        ahead: the dealer's: inferences of a session whose material it makes before it is asked.
     """
 
     backend: Backend
@@ -65,6 +66,7 @@ class ServingSettings:
     limits: Limits = field(default_factory=Limits)
     drain: float = 30.0
     quota: int | None = None
+    ahead: int = 0
 
 
 class Host:

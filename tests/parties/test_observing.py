@@ -94,7 +94,7 @@ def test_what_happened_is_counted_and_shown(
     with Client(made.client()):
         shown = status("--at", at)
     assert "1 of 8 run" in shown.stdout and "host:127.0.0.1" in shown.stdout
-    assert "at the wrong time" in shown.stdout
+    assert "Last errors" in shown.stdout and "failed" in shown.stdout
 
     made.dealer.process.kill()
     shown = status("--at", dealer_at, "--timeout", "2")
@@ -152,7 +152,7 @@ def test_options_from_a_file_the_environment_and_the_command_line(
     assert limits(PI_PARTY_DEALER_SESSIONS="5") == (5, 2)
     assert limits("--sessions", "7", PI_PARTY_DEALER_SESSIONS="5") == (7, 2)
     for text, reason in (
-        ("session = 3", "unknown key 'session'; known keys are backend, "),
+        ("session = 3", "unknown key 'session'; known keys are ahead, backend, "),
         ("sessions = [3]", "sessions: expected a text, a number"),
         ("sessions =", "is not valid TOML"),
     ):

@@ -18,12 +18,18 @@ from . import options
     help="fss: material of at most N inferences within an hour for one client (known by its "
     "certificate or else its address), over all its sessions; any number by default.",
 )  # fmt: skip
+@click.option(
+    "--ahead", type=click.IntRange(0, 64), default=2, show_default=True, metavar="N",
+    help="fss: make the material of up to N inferences of a session before it is asked for, where "
+    "the client announces them.",
+)  # fmt: skip
 @options.serving
 @options.party
 @options.secure
 def dealer(
     listen: str,
     quota: int | None,
+    ahead: int,
     once: bool,
     stats: str | None,
     sessions: int,
@@ -71,6 +77,7 @@ def dealer(
             limits=options.limits(sessions, queue, per_client, timeout),
             drain=drain,
             quota=quota,
+            ahead=ahead,
             identity=identity,
         )
         serving = party.Dealer(listener, settings, options.journal("dealer", log, once))
