@@ -37,7 +37,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable ".[crypten,report,dev]"
+	$(PIP) --editable ".[crypten,report,images,dev]"
 	touch $@
 
 clean:

@@ -25,10 +25,10 @@ def load_toml(path: Path, cls: type[T]) -> T:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table in ``path``.
+    """The tables of the TOML file ``path``.
 
     Raises:
-        UsageError: the file is missing, or is not TOML.
+        UsageError: the file is missing or is not TOML.
     """
     try:
         with open(path, "rb") as file:
@@ -82,6 +82,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise UsageError(f"{where}: expected a list")
         item = typing.get_args(hint)[0]
         return tuple(_convert(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{where}: expected a table")
+        item = typing.get_args(hint)[1]
+        return {str(k): _convert(v, item, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -298,7 +298,7 @@ def random_graph(
     """
     from . import nn
     from .graph.trace import export
-    from .nn.zoo import DEFAULT_WIDTH
+    from .nn.zoo import DEFAULT_WIDTH, input_shape
 
     if arch not in DEFAULT_WIDTH:
         raise UsageError(f"unknown architecture {arch!r}; known: {', '.join(DEFAULT_WIDTH)}")
@@ -313,7 +313,7 @@ def random_graph(
         "seed": seed,
     }
     model = nn.build(arch, classes=RANDOM_CLASSES, width=width)
-    graph = export(model, RANDOM_INPUT, metadata=metadata)
+    graph = export(model, input_shape(arch), metadata=metadata)
     if relus is not None:
         depth = np.linspace(0, 1, len(graph.relus))
         known = np.linspace(0, 1, len(RESNET18_SENSITIVITY))

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ from . import recipe as recipe_module
 from . import report as report_module
 from . import senet as senet_module
 from . import sensitivity as sensitivity_module
+from . import smoke as smoke_module
 from . import sweep as sweep_module
 from . import teacher as teacher_module
 from .loop import Reporter, Row, Run, derive_seed
@@ -232,8 +234,9 @@ def cli() -> None:
       quick                  ResNet-10 of width 8 on CIFAR-10, minutes on a CPU
       cifar100-resnet10-w16  the measured comparison, see sweep
       cifar100-resnet18-w16  the bundled demo, about an hour on two CPU cores
-      cifar10-resnet18, cifar100-resnet18, cifar100-wrn22-8, cifar10-vgg16
-                             the paper's schedules; use a GPU-class machine or patience
+      DATA-NETWORK           full width and length; see smoke for what they take. DATA is
+                             cifar10, cifar100, tiny-imagenet or imagenet, NETWORK resnet18,
+                             resnet34, wrn22-8 or vgg16
 
     \b
     The stages one by one, each with its output file (and picture) in the run directory:
@@ -412,6 +415,29 @@ def senet(pictures: bool, output_format: str, output: Path | None, **where: Any)
     if pictures:
         pictures_module.widths(results[1:], run.directory / "widths.png")
     emit([asdict(result) for result in results], output_format, output)
+
+
+@cli.command()
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME|PATH")
+@click.option("--steps", type=click.IntRange(2), default=3, show_default=True, help="Per epoch.")
+@click.option("--batch", type=click.IntRange(2), help="Images per step; the recipe's by default.")
+@_output_options
+def smoke(
+    recipe_name: str, steps: int, batch: int | None, output_format: str, output: Path | None
+) -> None:
+    """Try a recipe on random images: each stage for a few steps, with no data set at hand.
+
+    Shows whether the recipe fits this machine, how fast each stage trains, and, at the recipe's
+    own batch, about how many hours its epochs would take.
+
+    \b
+    Example:
+      pi-train smoke --recipe imagenet-resnet18 --batch 4
+    """
+    chosen = recipe_module.load(recipe_name)
+    with tempfile.TemporaryDirectory() as directory:
+        paces = smoke_module.run(chosen, Path(directory), steps=steps, batch=batch)
+    emit([asdict(pace) for pace in paces], output_format, output)
 
 
 @cli.command()

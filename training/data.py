@@ -1,6 +1,6 @@
-"""Readers for a user's own CIFAR-10/100 and Fashion-MNIST files, augmentation, splits.
+"""A user's own data sets: readers of CIFAR-10/100 and Fashion-MNIST, augmentation, splits.
 
-Images are (N, C, H, W) uint8 tensors held in memory, labels int64. Nothing is downloaded.
+Images are (N, C, H, W) uint8 tensors, labels int64. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -21,13 +22,56 @@ from torch import Tensor
 
 from pi_system.errors import IntegrityError, UsageError
 
+_AHEAD = 2
+
+
+class Source(Protocol):
+    """Labelled images, in memory or on disk."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def subset(self, index: Tensor) -> Source:
+        """The images at ``index``, in that order."""
+        ...
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Images ``start`` to ``stop`` without augmentation, (N, C, H, W) uint8."""
+        ...
+
+    def crops(
+        self, index: Tensor, generator: torch.Generator, *, padding: int, flip: bool, side: int
+    ) -> Callable[[], Tensor]:
+        """Random crops of the images at ``index``; the result waits for them.
+
+        Args:
+            side: of the crop in pixels; 0 keeps the images' own.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Images:
-    """``pixels`` (N, C, H, W) uint8 and ``labels`` (N,) int64."""
+    """Images in memory: ``pixels`` (N, C, H, W) uint8 and ``labels`` (N,) int64.
+
+    Crops are of one size, from the image padded by reflection.
+    """
 
     pixels: Tensor
     labels: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pixels.shape[1:])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,23 +79,64 @@ class Images:
     def subset(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index])
 
+    def block(self, start: int, stop: int) -> Tensor:
+        return self.pixels[start:stop]
+
+    def crops(
+        self, index: Tensor, generator: torch.Generator, *, padding: int, flip: bool, side: int
+    ) -> Callable[[], Tensor]:
+        size, (channels, height, width) = len(index), self.shape
+        crop_h, crop_w = (side or height), (side or width)
+        span_h, span_w = height + 2 * padding - crop_h + 1, width + 2 * padding - crop_w + 1
+        if padding >= min(height, width) or min(span_h, span_w) < 1:
+            raise UsageError(
+                f"no {crop_h}x{crop_w} crop fits images of {height}x{width} padded by {padding}"
+            )
+        y = torch.randint(span_h, (size, 1), generator=generator) - padding + torch.arange(crop_h)
+        x = torch.randint(span_w, (size, 1), generator=generator) - padding + torch.arange(crop_w)
+        if flip:
+            mirrored = torch.rand((size, 1), generator=generator) < 0.5
+            x = torch.where(mirrored, width - 1 - x, x)
+        y, x = _reflect(y, height), _reflect(x, width)
+        return lambda: self.pixels[
+            index[:, None, None, None],
+            torch.arange(channels)[None, :, None, None],
+            y[:, None, :, None],
+            x[:, None, None, :],
+        ]
+
 
 @dataclass(frozen=True)
 class Dataset:
     """A data set with its official train/test split and per-channel normalisation in [0, 1]."""
 
     name: str
-    train: Images
-    test: Images
+    train: Source
+    test: Source
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-_STATISTICS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "fashion-mnist": ((0.2860,), (0.3530,)),
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set without its files; ``images`` are those for training."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    images: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+KNOWN = {
+    "cifar10": Facts((3, 32, 32), 10, 50_000, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Facts((3, 32, 32), 100, 50_000, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion-mnist": Facts((1, 28, 28), 10, 60_000, (0.2860,), (0.3530,)),
+    "tiny-imagenet": Facts(
+        (3, 64, 64), 200, 100_000, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
+    ),
+    "imagenet": Facts((3, 224, 224), 1000, 1_281_167, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -59,26 +144,53 @@ def load(name: str, path: Path) -> Dataset:
     """Read data set ``name`` from ``path``: its official archive or the unpacked folder.
 
     CIFAR: the binary version (``*.bin``) or the python version; Fashion-MNIST: a folder of idx
-    files, plain or gzipped.
+    files, plain or gzipped; Tiny-ImageNet and ImageNet: see :mod:`training.folders`.
 
     Raises:
         UsageError: an unknown name, or files that are not there.
         IntegrityError: files of the wrong length or content.
     """
-    if name not in _STATISTICS:
-        raise UsageError(f"unknown data set {name!r}; known: {', '.join(_STATISTICS)}")
+    facts = _facts(name)
     if not path.exists():
         raise UsageError(f"{path} does not exist; give the {name} archive or its folder")
-    files = _Files(path)
-    if name == "fashion-mnist":
-        train, test, classes = _fashion(files)
+    train: Source
+    test: Source
+    if name in ("tiny-imagenet", "imagenet"):
+        from . import folders
+
+        read = folders.tiny_imagenet if name == "tiny-imagenet" else folders.imagenet
+        train, test, classes = read(path, facts.shape[1])
+    elif name == "fashion-mnist":
+        train, test, classes = _fashion(_Files(path))
     else:
-        train, test, classes = _cifar(files, hundred=name == "cifar100")
-    mean, std = _STATISTICS[name]
-    return Dataset(name, train, test, classes, mean, std)
+        train, test, classes = _cifar(_Files(path), hundred=name == "cifar100")
+    return Dataset(name, train, test, classes, facts.mean, facts.std)
 
 
-def split(images: Images, validation: int, seed: int) -> tuple[Images, Images]:
+def synthetic(name: str, train: int, test: int) -> Dataset:
+    """Random images of data set ``name``'s shape, so many of each split.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    facts = _facts(name)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Images:
+        pixels = torch.randint(256, (count, *facts.shape), generator=generator, dtype=torch.uint8)
+        return Images(pixels, torch.arange(count) % facts.classes)
+
+    classes = tuple(f"class {i}" for i in range(facts.classes))
+    return Dataset(name, draw(train), draw(test), classes, facts.mean, facts.std)
+
+
+def _facts(name: str) -> Facts:
+    if name not in KNOWN:
+        raise UsageError(f"unknown data set {name!r}; known: {', '.join(KNOWN)}")
+    return KNOWN[name]
+
+
+def split(images: Source, validation: int, seed: int) -> tuple[Source, Source]:
     """Split off ``validation`` images, drawn once by ``seed``: (train, validation).
 
     Raises:
@@ -97,7 +209,7 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def batches(
-    images: Images,
+    images: Source,
     *,
     size: int,
     mean: tuple[float, ...],
@@ -119,33 +231,23 @@ def batches(
     Raises:
         UsageError: the padding or the crop is larger than the images allow.
     """
-    pixels, (count, channels, height, width) = images.pixels, images.pixels.shape
-    crop_h, crop_w = (resolution or height), (resolution or width)
-    span_h, span_w = height + 2 * padding - crop_h + 1, width + 2 * padding - crop_w + 1
-    if padding >= min(height, width) or min(span_h, span_w) < 1:
-        raise UsageError(
-            f"no {crop_h}x{crop_w} crop fits images of {height}x{width} padded by {padding}"
-        )
-    rows, cols = torch.arange(crop_h), torch.arange(crop_w)
-    order = torch.randperm(count, generator=generator)
-    for start in range(0, count - size + 1, size):
+    order = torch.randperm(len(images), generator=generator)
+    # The next batches are read from disk while one is trained on.
+    ahead: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+
+    def first() -> tuple[Tensor, Tensor]:
+        index, crops = ahead.popleft()
+        pixels = normalise(crops(), mean, std).contiguous(memory_format=torch.channels_last)
+        return pixels, images.labels[index]
+
+    for start in range(0, len(images) - size + 1, size):
         index = order[start : start + size]
-        y = torch.randint(span_h, (size, 1), generator=generator) - padding + rows
-        x = torch.randint(span_w, (size, 1), generator=generator) - padding + cols
-        if flip:
-            mirrored = torch.rand((size, 1), generator=generator) < 0.5
-            x = torch.where(mirrored, width - 1 - x, x)
-        y, x = _reflect(y, height), _reflect(x, width)
-        batch = pixels[
-            index[:, None, None, None],
-            torch.arange(channels)[None, :, None, None],
-            y[:, None, :, None],
-            x[:, None, None, :],
-        ]
-        yield (
-            normalise(batch, mean, std).contiguous(memory_format=torch.channels_last),
-            images.labels[index],
-        )
+        crops = images.crops(index, generator, padding=padding, flip=flip, side=resolution or 0)
+        ahead.append((index, crops))
+        if len(ahead) > _AHEAD:
+            yield first()
+    while ahead:
+        yield first()
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

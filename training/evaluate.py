@@ -14,7 +14,7 @@ from pi_system import checkpoint
 from pi_system.errors import UsageError
 from pi_system.nn import count_relus
 
-from .data import Dataset, Images
+from .data import Dataset, Source
 from .loop import accuracy
 
 
@@ -31,7 +31,7 @@ class Evaluation:
     relu_total: int
 
 
-def evaluate(directory: Path, dataset: Dataset, images: Images, split: str) -> Evaluation:
+def evaluate(directory: Path, dataset: Dataset, images: Source, split: str) -> Evaluation:
     """Classify ``images`` with the checkpoint in ``directory``.
 
     Args:

@@ -27,7 +27,7 @@ from pi_system.checkpoint import write_atomic
 from pi_system.errors import IntegrityError, PiError, UsageError
 
 from . import data
-from .data import Dataset, Images
+from .data import Dataset, Source
 from .ranks import Ranks
 from .recipe import STAGES, STUDENT_STAGES, Optimizer, Phase, Recipe
 
@@ -88,7 +88,7 @@ class Run:
             return self.directory
         return self.shared
 
-    def split(self) -> tuple[Images, Images]:
+    def split(self) -> tuple[Source, Source]:
         """(train, validation) images; a function of the recipe's seed."""
         seed = derive_seed(self.recipe.seed, "split", 0)
         return data.split(self.dataset.train, self.recipe.validation, seed)
@@ -189,7 +189,7 @@ class Stage:
         """(loss, logits) of a batch in the stage's memory format."""
         raise NotImplementedError
 
-    def before_first(self, train: Images) -> None:
+    def before_first(self, train: Source) -> None:
         """Called once, before the first epoch; not when a run goes on from a state."""
 
     def before_step(self) -> None:
@@ -233,7 +233,7 @@ class Stage:
         self.run.reporter.end(self.name)
         self.model.eval()
 
-    def _epoch(self, epoch: int, train: Images, validation: Images) -> Row:
+    def _epoch(self, epoch: int, train: Source, validation: Source) -> Row:
         started = time.perf_counter()
         recipe = self.run.recipe
         generator = torch.Generator().manual_seed(
@@ -369,15 +369,15 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def accuracy(model: nn.Module, images: Images, dataset: Dataset, batch: int = 250) -> float:
+def accuracy(model: nn.Module, images: Source, dataset: Dataset, batch: int = 250) -> float:
     """The fraction of ``images`` that ``model`` classifies correctly, without augmentation."""
     training = model.training
     model.eval()
     correct = 0
     with torch.no_grad():
         for start in range(0, len(images), batch):
-            pixels = data.normalise(images.pixels[start : start + batch], dataset.mean, dataset.std)
-            logits = model(pixels)
+            pixels = images.block(start, min(start + batch, len(images)))
+            logits = model(data.normalise(pixels, dataset.mean, dataset.std))
             correct += int((logits.argmax(1) == images.labels[start : start + batch]).sum())
     model.train(training)
     return correct / len(images)

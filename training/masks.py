@@ -12,7 +12,7 @@ from pi_system.errors import UsageError
 from pi_system.nn import MaskedReLU, relu_sites, with_activations
 
 from . import teacher as teacher_module
-from .data import Images, normalise
+from .data import Source, normalise
 from .loop import Run, Stage, derive_seed
 from .losses import distillation
 from .recipe import Phase
@@ -74,7 +74,7 @@ def random_positions(
 
 
 def linearization_losses(
-    teacher: fx.GraphModule, sites: tuple[str, ...], train: Images, run: Run, count: int
+    teacher: fx.GraphModule, sites: tuple[str, ...], train: Source, run: Run, count: int
 ) -> list[Tensor]:
     """Per site, sum |relu(x) - x| over ``count`` images: what the ReLU there removes."""
     view = with_activations(teacher.eval(), sites, before=True)
@@ -82,7 +82,7 @@ def linearization_losses(
     size = run.recipe.batch
     with torch.no_grad():
         for start in range(0, min(count, len(train)), size):
-            pixels = train.pixels[start : min(start + size, count)]
+            pixels = train.block(start, min(start + size, count, len(train)))
             entering = view(normalise(pixels, run.dataset.mean, run.dataset.std))[1]
             parts = [(-x).clamp(min=0).sum(0) for x in entering]
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
@@ -185,7 +185,7 @@ class MaskStage(Stage):
             total += part
         return loss, logits
 
-    def before_first(self, train: Images) -> None:
+    def before_first(self, train: Source) -> None:
         settings = self.run.recipe.masks
         if settings.start == "teacher":
             losses = linearization_losses(

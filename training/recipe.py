@@ -406,20 +406,50 @@ class Recipe:
 def load(name_or_path: str) -> Recipe:
     """Read a recipe: a path to a TOML file or the name of a bundled one.
 
+    A recipe may name another as its ``base``, bundled or a path beside it, and say only what
+    differs: tables are merged key by key, but a schedule is replaced whole.
+
     Raises:
         UsageError: no such recipe, or a key or value that does not fit.
     """
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = BUNDLED / f"{name_or_path}.toml"
-        if not path.is_file():
-            raise UsageError(
-                f"no recipe {name_or_path!r}; bundled: {', '.join(bundled())}; "
-                "or give the path of a .toml file"
-            )
-    return config.load_toml(path, Recipe)
+    path = _path(name_or_path, Path())
+    return config.from_mapping(_document(path, ()), Recipe, where=str(path))
 
 
 def bundled() -> tuple[str, ...]:
     """The names of the bundled recipes."""
     return tuple(sorted(path.stem for path in BUNDLED.glob("*.toml")))
+
+
+def _path(name_or_path: str, folder: Path) -> Path:
+    if name_or_path.endswith(".toml"):
+        return folder / name_or_path
+    path = BUNDLED / f"{name_or_path}.toml"
+    if not path.is_file():
+        raise UsageError(
+            f"no recipe {name_or_path!r}; bundled: {', '.join(bundled())}; "
+            "or give the path of a .toml file"
+        )
+    return path
+
+
+def _document(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in readers:
+        raise UsageError(f"{path} is its own base")
+    document = config.read_toml(path)
+    base = document.pop("base", None)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise UsageError(f"{path}: base: expected the name or path of a recipe, got {base!r}")
+    below = _document(_path(base, path.parent), (*readers, path.resolve()))
+    return _merged(below, document)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        merge = isinstance(old, dict) and isinstance(value, dict) and key != "schedule"
+        result[key] = _merged(old, value) if merge and old else value
+    return result

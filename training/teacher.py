@@ -47,13 +47,13 @@ def fresh(run: Run, stage: str, width: int | None = None) -> nn.Module:
             recipe.arch,
             classes=len(run.dataset.classes),
             width=recipe.width if width is None else width,
-            in_channels=run.dataset.train.pixels.shape[1],
+            in_channels=run.dataset.train.shape[0],
         )
 
 
 def masked(run: Run, model: nn.Module) -> fx.GraphModule:
     """``model`` as a masked network with full masks; parameters are shared."""
-    return linearize(model, torch.zeros(2, *run.dataset.train.pixels.shape[1:]))
+    return linearize(model, torch.zeros(2, *run.dataset.train.shape))
 
 
 def train(run: Run) -> fx.GraphModule:
@@ -105,7 +105,7 @@ def save(
         arch=recipe.arch,
         width=recipe.channels if width is None else width,
         classes=run.dataset.classes,
-        input_shape=tuple(run.dataset.train.pixels.shape[1:]),
+        input_shape=run.dataset.train.shape,
         dataset=recipe.dataset,
         mean=run.dataset.mean,
         std=run.dataset.std,

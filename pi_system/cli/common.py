@@ -145,6 +145,15 @@ def emit(
         "csv": lambda: _csv(list(rows())),
         "table": lambda: _table(table, sys.stdout if output is None else None),
     }[format_]()
+    write(text, output)
+
+
+def write(text: str, output: Path | None) -> None:
+    """Write data to ``output`` or stdout.
+
+    Raises:
+        UsageError: it cannot be written there.
+    """
     if output is None:
         sys.stdout.write(text)
         return

@@ -1,4 +1,4 @@
-"""ResNet-18/34 with the CIFAR stem (He et al. 2016; 3x3 stem without pooling) and WRN-22-8."""
+"""ResNet-18/34 (He et al. 2016) with the CIFAR or the ImageNet stem, and WRN-22-8."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from torch import Tensor, nn
 
 def _conv3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+
+
+def _stem(c_in: int, c_out: int, large: bool) -> tuple[nn.Conv2d, nn.Module]:
+    """The first convolution and the pooling after it."""
+    if large:
+        return nn.Conv2d(c_in, c_out, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
+    return _conv3(c_in, c_out), nn.Identity()
 
 
 class BasicBlock(nn.Module):
@@ -35,16 +42,26 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network on (N, 3, H, W) images, H and W multiples of 8.
+    """Residual network on (N, 3, H, W) images, H and W multiples of 8, or 32 with ``large``.
 
     Args:
         blocks: blocks per stage.
         width: channels of the first stage; later stages double it.
+        large: the stem for large images, a 7x7 convolution and max pooling, each of stride 2,
+            instead of a 3x3 convolution.
     """
 
-    def __init__(self, blocks: tuple[int, ...], *, width: int, classes: int, in_channels: int):
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        *,
+        width: int,
+        classes: int,
+        in_channels: int,
+        large: bool = False,
+    ):
         super().__init__()
-        self.conv1 = _conv3(in_channels, width)
+        self.conv1, self.pool = _stem(in_channels, width, large)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         stages, c_in = [], width
@@ -58,7 +75,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(c_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(self.relu(self.bn1(self.conv1(x))))
+        x = self.stages(self.pool(self.relu(self.bn1(self.conv1(x)))))
         result: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return result
 
@@ -86,11 +103,24 @@ class PreActBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-``6n+4``-k: three stages of ``blocks`` pre-activation blocks, ``width * factor`` wide."""
+    """WRN-``6n+4``-k: three stages of ``blocks`` pre-activation blocks, ``width * factor`` wide.
 
-    def __init__(self, blocks: int, factor: int, *, width: int, classes: int, in_channels: int):
+    Args:
+        large: the stem for large images, as in :class:`ResNet`.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        factor: int,
+        *,
+        width: int,
+        classes: int,
+        in_channels: int,
+        large: bool = False,
+    ):
         super().__init__()
-        self.conv1 = _conv3(in_channels, width)
+        self.conv1, self.pool = _stem(in_channels, width, large)
         layers, c_in = [], width
         for i in range(3):
             c_out = width * factor << i
@@ -103,6 +133,6 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(c_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn(self.blocks(self.conv1(x))))
+        x = self.relu(self.bn(self.blocks(self.pool(self.conv1(x)))))
         result: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return result

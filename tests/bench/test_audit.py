@@ -116,6 +116,16 @@ def test_retries_have_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.reuse["inference in image"]["seen"] == 32 + report.retries
 
 
+def test_messages_in_many_parts_are_cut_and_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pi_system.backends.fss.batch.PART", 16)
+    report = audit(wanted(8))
+    assert report.passed
+    whole = {row.layer: row.values for row in report.rows if row.field == "next Z"}
+    parts = [row for row in report.rows if row.kind == "opening" and row.values]
+    assert len(parts) > len(whole)
+    assert sum(row.values for row in parts) == sum(whole.values())
+
+
 def test_a_proof_counts_what_is_right() -> None:
     trials = proof.prove(wanted(8), 1)
     assert [trial.sabotage for trial in trials] == [None, *SABOTAGES]

@@ -157,7 +157,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
 def test_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown data set"):
-        data.load("imagenet", tmp_path)
+        data.load("svhn", tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
         data.load("cifar10", tmp_path / "nowhere")
     with pytest.raises(UsageError, match="official layout"):

@@ -118,3 +118,28 @@ def test_widths_belong_to_fine_tuning_alone(recipe_path: Path) -> None:
     for stage in recipe.STAGES[:3]:
         assert wide.digest(stage) == base.digest(stage)
     assert wide.digest("finetune") != base.digest("finetune")
+
+
+def test_a_base_gives_what_a_recipe_leaves_out(recipe_path: Path, tmp_path: Path) -> None:
+    base = recipe.load(str(recipe_path))
+    path = tmp_path / "child.toml"
+    path.write_text(
+        f'base = "{recipe_path}"\nname = "child"\n[finetune]\nepochs = 7\n'
+        '[finetune.optimizer]\nschedule = { kind = "steps", peak = 0.5 }\n'
+    )
+    child = recipe.load(str(path))
+    optimizer = dataclasses.replace(base.finetune.optimizer, schedule=Schedule("steps", 0.5))
+    finetune = dataclasses.replace(base.finetune, epochs=7, optimizer=optimizer)
+    assert child == dataclasses.replace(base, name="child", finetune=finetune)
+    (tmp_path / "grandchild.toml").write_text('base = "child.toml"\nseed = 9\n')
+    assert recipe.load(str(tmp_path / "grandchild.toml")) == dataclasses.replace(child, seed=9)
+    for text, message in [
+        ('base = "child.toml"\n', "its own base"),
+        ('base = "nothing"\n', "bundled"),
+        ("base = 3\n", "base: expected"),
+        ('base = "quick"\nwidht = 8\n', "widht"),
+        ('base = "quick"\nteacher = 3\n', "expected a table"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            recipe.load(str(path))

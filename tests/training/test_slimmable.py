@@ -170,27 +170,31 @@ def test_the_picture(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "widths.png").stat().st_size > 1000
 
 
-def command(module: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *(str(a) for a in arguments)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def private_run(checkpoint: Path, images: Tensor, folder: Path) -> dict[str, Any]:
+    """Export a checkpoint and classify normalised images (N, C, H, W) in three processes."""
+    model, file = str(folder / "model"), str(folder / "images.npy")
+    np.save(file, images.numpy())
+    times = str(len(images))
+    for arguments in (
+        ["export", str(checkpoint), "-o", model],
+        ["bench", "run", "--model", model, "--images-file", file, "--repeat", times,
+         "--format", "json"],
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", f"pi_system.cli.{arguments[0]}", *arguments[1:]],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["accuracy"]["answers"] == len(images)
+    return result
 
 
 def test_a_narrow_student_runs_privately(run: Run, images: Tensor, tmp_path: Path) -> None:
-    model, file = tmp_path / "model", tmp_path / "images.npy"
-    command("pi_system.cli.export", run.directory / NARROW, "-o", model)
-    np.save(file, images[:6].numpy())
-    text = command(
-        "pi_system.cli.bench", "run", "--model", model, "--images-file", file,
-        "--repeat", 6, "--format", "json",
-    )  # fmt: skip
-    result: dict[str, Any] = json.loads(text)
+    result = private_run(run.directory / NARROW, images[:6], tmp_path)
     kept = nn.count_relus(checkpoint.load(run.directory / NARROW)[0]).kept
     assert result["model"]["relu_kept"] == kept and result["model"]["relu_total"] == 19456
     assert result["accuracy"]["argmax_agreement"] == 1

@@ -107,6 +107,16 @@ class Codec(ABC, Generic[Item]):
         fields.done()
         return item
 
+    @classmethod
+    def size(cls, public: Public) -> int:
+        """Bytes of every file."""
+        return _START + 8 * cls._words(public)
+
+    @classmethod
+    @abstractmethod
+    def _words(cls, public: Public) -> int:
+        """Words of the arrays together."""
+
     @abstractmethod
     def _arrays(self, item: Item) -> Iterator[Words]:
         """Its arrays, in the order in which :meth:`_item` takes them."""
@@ -117,6 +127,11 @@ class Codec(ABC, Generic[Item]):
 
 class ServerCodec(Codec[ServerMaterial]):
     role = "server"
+
+    @classmethod
+    def _words(cls, public: Public) -> int:
+        h = sum(public.batch * op.size for op in public.lowered.convs)
+        return h + sum(_gate_words(public, op) for op in public.lowered.relus)
 
     def _arrays(self, item: ServerMaterial) -> Iterator[Words]:
         lowered = self._public.lowered
@@ -135,6 +150,12 @@ class ServerCodec(Codec[ServerMaterial]):
 
 class ClientCodec(Codec[ClientMaterial]):
     role = "client"
+
+    @classmethod
+    def _words(cls, public: Public) -> int:
+        lowered = public.lowered
+        ends = lowered.input.size + math.prod(lowered.shapes[lowered.output])
+        return public.batch * ends + sum(_gate_words(public, op) for op in lowered.relus)
 
     def _arrays(self, item: ClientMaterial) -> Iterator[Words]:
         yield item.ends.image
@@ -177,6 +198,12 @@ class _Fields:
     def done(self) -> None:
         if self._at != len(self._words):
             raise IntegrityError("an item of material is larger than its plan says")
+
+
+def _gate_words(public: Public, op: Relu) -> int:
+    """Of a share and one word more per gate."""
+    blocks = 1 + public.plan.gates[op.out].blocks
+    return public.batch * len(op.kept) * (2 * blocks + 1 + 5 + 1)
 
 
 def _share_arrays(share: relu.Share) -> tuple[Words, ...]:

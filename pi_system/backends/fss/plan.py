@@ -13,6 +13,7 @@ Public and equal on all sides. See docs/protocol.md for the rules; in short:
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +23,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ProtocolError, UsageError
+from ...errors import IntegrityError, ProtocolError, UsageError
 from ...graph.ir import Graph
 from . import linear, program, weights
 from .program import Add, Concat, Conv, Gather, Input, Op, Program, Relu, Reshape, Sub, SumPool
 from .relu import MAX_K, Width
 from .ring import WORD, Floats
+
+_log = logging.getLogger(__name__)
 
 PLAN_KEY: Final = "fss_plan"
 """Where a graph's metadata hold its plans: a mapping with one plan per name of PRECISIONS."""
@@ -480,6 +483,32 @@ class _Rings:
                 need[name] = max(need[name], wanted)
         rings[lowered.input.out] = max(need[lowered.input.out], 2)
         return rings
+
+
+def of_graph(graph: Graph, lowered: Program, name: str) -> Plan:
+    """The plan ``name`` that a model was exported with or, for a model without any, one that is
+    calibrated here on synthetic images.
+
+    Raises:
+        UsageError: there is no plan of this name.
+        IntegrityError: the model's is damaged.
+    """
+    if name not in PRECISIONS:
+        raise UsageError(f"no plan {name!r}: there are {', '.join(PRECISIONS)}")
+    stored = graph.metadata.get(PLAN_KEY)
+    if stored is None:
+        _log.warning(
+            "%s has no fixed-point plan: calibrated on synthetic images, which natural ones "
+            "may exceed; pi-export --calibrate makes one from samples",
+            graph.metadata.get("name", "the model"),
+        )
+        return calibrate(graph, synthetic_images(graph), PRECISIONS[name])
+    if not isinstance(stored, Mapping) or name not in stored:
+        raise UsageError(f"the model was exported without a {name} plan; export it again")
+    try:
+        return Plan.from_json(stored[name], lowered)
+    except ProtocolError as error:
+        raise IntegrityError(f"the model's {name} plan: {error}") from error
 
 
 def synthetic_images(graph: Graph, count: int = 8) -> npt.NDArray[np.float32]:

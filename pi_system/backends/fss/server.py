@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from ...errors import IntegrityError, ProtocolError, RefusedError, UsageError
+from ...errors import RefusedError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
@@ -17,7 +16,7 @@ from .material import ServerMaterial
 from .online import Run
 from .packing import Reader
 from .plan import PLAN_KEY as PLAN_KEY
-from .plan import PRECISIONS, Plan
+from .plan import Plan
 from .prepared import Workshop
 from .program import Index
 from .public import MAX_RETRIES, Public, agree, send_graph, send_plan
@@ -25,8 +24,6 @@ from .ring import Words
 from .source import SYSTEM, Source
 from .store import Claimed, Step, Stock, Store
 from .wide import from_panels, panel_shape
-
-_log = logging.getLogger(__name__)
 
 
 class Server:
@@ -87,24 +84,7 @@ class Server:
         self._public = public
 
     def _plan(self) -> Plan:
-        name = self._options.plan
-        if name not in PRECISIONS:
-            raise UsageError(f"no plan {name!r}: there are {', '.join(PRECISIONS)}")
-        graph = self._graph
-        stored = graph.metadata.get(PLAN_KEY)
-        if stored is None:
-            _log.warning(
-                "%s has no fixed-point plan: calibrated on synthetic images, which natural ones "
-                "may exceed; pi-export --calibrate makes one from samples",
-                graph.metadata.get("name", "the model"),
-            )
-            return plan.calibrate(graph, plan.synthetic_images(graph), PRECISIONS[name])
-        if not isinstance(stored, Mapping) or name not in stored:
-            raise UsageError(f"the model was exported without a {name} plan; export it again")
-        try:
-            return Plan.from_json(stored[name], program.build(graph))
-        except ProtocolError as error:
-            raise IntegrityError(f"the model's {name} plan: {error}") from error
+        return plan.of_graph(self._graph, program.build(self._graph), self._options.plan)
 
     def offline(self, count: int) -> None:
         step = self._follow(count, claim=True)

@@ -150,21 +150,27 @@ def _seed(name: str) -> Field:
     return Field(name, prg.SEED_BYTES, 8, "itself: drawn by the operating system")
 
 
-LEARNS: Final[dict[Role, tuple[str, ...]]] = {
-    "server": (
-        "when an inference happens, its id and its batch size",
-        "of images and answers nothing: all it receives is uniform, also if it deviates",
-    ),
-    "client": (
-        "architecture, mask positions and plan (public to all three), and the model's hash",
-        "the answer: logits to as many bits as the plan says, or that a retry is needed",
+_PUBLIC: Final = {
+    "architecture": "the architecture and the model's hash",
+    "masks": "which ReLUs are kept",
+    "plan": "widths and ranges of every layer, which depend on weights and calibration images",
+    "metadata": "the model's name, classes, normalisation and what else its exporter noted",
+}
+LEARNS: Final[dict[Role, dict[str, str]]] = {
+    "server": {
+        "times": "when an inference happens, its id and its batch size; "
+        "of images and answers nothing, also if it deviates",
+    },
+    "client": {
+        **_PUBLIC,
+        "answer": "the logits, to as many bits as the plan says, or that a retry is needed; "
         "of the weights nothing beyond what answers tell",
-    ),
-    "dealer": (
-        "architecture, mask positions and plan (public to all three), and the model's hash",
-        "how many inferences material is made for, and when",
-        "of weights nothing while it has not the seed of b, of images and answers nothing",
-    ),
+    },
+    "dealer": {
+        **_PUBLIC,
+        "times": "when and for how many inferences material is made; of weights nothing while "
+        "it has not the seed of b, of images and answers nothing",
+    },
 }
 """What each party learns if it follows the protocol and shares with nobody: docs/protocol.md,
 section 7."""

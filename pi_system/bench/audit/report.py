@@ -147,7 +147,7 @@ class Report:
             "reuse": self.reuse,
             "in_clear": self.clear,
             "messages": rows,
-            "learns": {role: list(lines) for role, lines in LEARNS.items()},
+            "learns": {role: dict(facts) for role, facts in LEARNS.items()},
             "seconds": round(self.seconds, 2),
         }
 

@@ -56,8 +56,8 @@ def print_report(console: Console, report: Report) -> None:
         f"{report.clear['frames searched']} messages searched for the image and the first layer's "
         f"weights in clear: found in {report.clear['found']}"
     )
-    for role, lines in LEARNS.items():
-        console.print(f"The {role} learns: {'; '.join(lines)}.")
+    for role, facts in LEARNS.items():
+        console.print(f"The {role} learns: {'; '.join(facts.values())}.")
     if report.sabotage is not None:
         console.print(f"Sabotage in this run: {SABOTAGES[report.sabotage].does}.")
     verdict = "no finding" if report.passed else f"{len(report.findings)} findings"

@@ -9,6 +9,7 @@ import click
 
 from .. import common
 from .audit import audit
+from .budget import budget
 from .compare import compare
 from .env import env
 from .regress import regress
@@ -27,7 +28,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress, report, audit):
+for _command in (run, compare, sweep, env, regress, report, audit, budget):
     cli.add_command(_command)
 
 

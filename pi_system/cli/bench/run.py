@@ -103,7 +103,7 @@ def run(
     if images_file is None:
         array, labels = model_images(graph, images or batch)
     else:
-        array, labels = _own_images(images_file, labels_file, graph)
+        array, labels = own_images(images_file, labels_file, graph)
     result = measure(
         Measurement(
             model=model,
@@ -136,7 +136,7 @@ def run(
     check_parity(result.accuracy, trained=trained, agreement=agreement, tolerance=tolerance)
 
 
-def _own_images(path: Path, labels_file: Path | None, graph: Any) -> Any:
+def own_images(path: Path, labels_file: Path | None, graph: Any) -> Any:
     """Normalised images, and their labels or None."""
     from ...errors import UsageError
     from ...parties.images import normalise, read_cifar, read_images, read_labels

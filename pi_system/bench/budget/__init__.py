@@ -1,0 +1,1 @@
+"""A model held to limits that are written down."""
