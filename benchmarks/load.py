@@ -38,6 +38,8 @@ HERE = Path(__file__).resolve().parent
 PARTY = [sys.executable, "-m", "pi_system.cli.party"]
 WARM = 0.2
 GROWTH = 0.1
+LONG = 200
+"""Inferences of a run whose memory is judged: a shorter one is all warm-up."""
 PAUSE = 0.3
 SECONDS = 60.0
 """That a client keeps trying while it is told that a party is busy."""
@@ -450,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
         "model": arguments.model,
         "runs": runs,
         "parties": facts,
-        "judge_memory": arguments.table is None,
+        "judge_memory": not arguments.table and sum(row["asked"] for row in runs) >= LONG,
     }
     print(table(result))
     if arguments.output is not None:
