@@ -481,7 +481,7 @@ class Recording:
                 if direction == "received":
                     log.append((made, bytes(payload)))
 
-            made.role = role  # type: ignore[attr-defined]
+            made.owner = role  # type: ignore[attr-defined]
             made.tap = note
 
         failures: list[BaseException] = []
@@ -519,7 +519,7 @@ class Recording:
         if failures:
             raise failures[0]
         for made, data in log:  # a dealer's peers have said by now who they are
-            key = (made.role, made.peer)  # type: ignore[attr-defined]
+            key = (made.owner, made.peer)  # type: ignore[attr-defined]
             self.received.setdefault(key, []).append(data)
 
     def _server_settings(self, dealer: Address) -> server_party.ServerSettings:
