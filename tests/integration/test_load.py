@@ -69,6 +69,6 @@ def test_what_does_not_hold_is_found(load: ModuleType, change: dict[str, Any], f
 
 def test_growth_is_what_comes_after_the_warm_up(load: ModuleType) -> None:
     grown = [(float(at), 10**6 * (50 + at)) for at in range(100)]
-    assert load.memory(grown)["growth"] == pytest.approx(149 / 69 - 1, abs=0.001)
-    warm = [(float(at), 10**6 * min(50 + at, 60)) for at in range(100)]
-    assert load.memory(warm)["growth"] == 0
+    assert load.memory(grown)["growth"] == pytest.approx(139.5 / 79.5 - 1, abs=0.02)
+    spike = [(float(at), 10**6 * (min(50 + at, 60) + 90 * (at == 70))) for at in range(100)]
+    assert load.memory(spike)["growth"] == 0 and load.memory(spike)["most"] == 150
