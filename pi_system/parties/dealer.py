@@ -26,6 +26,9 @@ from .serving import Host, ServingSettings
 _QUIET: Final = 1.0
 """Seconds of silence after which a session counts as idle when the dealer is stopped."""
 
+_LONELY: Final = 2
+"""Parties that wait for their peer, at most, for every session that may run or wait."""
+
 
 class _Waiting(NamedTuple):
     channel: Channel
@@ -141,6 +144,9 @@ class Dealer:
         with self._lock:
             other = self._waiting.get(hello.session)
             if other is None:
+                limits = self._settings.limits
+                if len(self._waiting) >= _LONELY * (limits.sessions + limits.queue):
+                    raise BusyError(f"{len(self._waiting)} parties wait for their peers already")
                 self._waiting[hello.session] = new
                 return None
             if other.hello.role == hello.role:
