@@ -29,6 +29,7 @@ from ..net.link import Link
 from ..net.tls import Identity
 from .admission import STOPPING, Admission, Limits
 from .journal import Journal
+from .process import release_memory
 from .timeouts import Timeouts
 
 GREETING: Final = 64
@@ -188,6 +189,7 @@ class Host:
                 self._greeting.pop(me, None)
                 self._threads.discard(threading.current_thread())
                 self._change.notify_all()
+            release_memory()
 
     def _end(self) -> None:
         self._listener.close()
