@@ -76,7 +76,7 @@ def test_threads_that_claim_from_one_pair_never_get_one_item_twice(
         for thread in threads:
             thread.join(60)
         assert got and max(Counter(got).values()) == 1
-        assert refused  # they did meet
+        assert refused or not disk  # they did meet: a disk makes them wait within a claim
         after = store.ledger.get(first.pair)
         assert after is not None and after.burnt == 119
 
