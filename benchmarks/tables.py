@@ -3,6 +3,8 @@
 python benchmarks/tables.py runs benchmarks/results/run-*.json
 python benchmarks/tables.py compare benchmarks/results/compare-*.json
 python benchmarks/tables.py growth benchmarks/results/sweep-relus.json
+python benchmarks/tables.py network benchmarks/results/network.json
+python benchmarks/tables.py predict benchmarks/results/predict.json
 """
 
 from __future__ import annotations
@@ -18,6 +20,27 @@ import numpy as np
 from pi_system.bench.sheet import Sheet
 
 Row = tuple[str, ...]
+NETWORK = (
+    "backend",
+    "model",
+    "network",
+    "kernel: RTT ms, Mbit/s",
+    "emulated: RTT ms, Mbit/s",
+    "kernel: online ms, median (min)",
+    "emulated: online ms, median (min)",
+    "emulated / kernel",
+)
+PREDICT = (
+    "model",
+    "network",
+    "online ms, predicted",
+    "measured, least (median)",
+    "error",
+    "offline ms, predicted",
+    "measured, least (median)",
+    "error",
+    "bytes",
+)
 RUNS = (
     "model",
     "backend",
@@ -210,6 +233,60 @@ def growth_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
+def network_row(row: Mapping[str, Any]) -> Row:
+    """The cells of one row of ``network.py``; the emulation is that of the line as measured, where
+    there is one."""
+    kernel, emulated = row["kernel"], row.get("matched", row["emulated"])
+    ends = (kernel, emulated)
+    as_measured = f" (as {row['matched']['network']})" if "matched" in row else ""
+    return (
+        row["backend"],
+        row["model"],
+        f"{row['network']}{as_measured}",
+        *(f"{one['rtt_ms']:.2f}, {one['mbps']:.0f}" for one in ends),
+        *(_milliseconds(one["online_ms"]) for one in ends),
+        f"{row['emulated_over_kernel']:.3f}",
+    )
+
+
+def predict_rows(document: Mapping[str, Any]) -> list[Row]:
+    """Every check of one result of ``pi-bench predict``."""
+    rows = []
+    for check in document["checks"]:
+        one = check["prediction"]
+        cells = [one["model"], one["network"]]
+        for phase, digits in (("online", 1), ("offline", 0)):
+            cells += [
+                f"{one[f'{phase}_ms']:,.{digits}f}",
+                f"{check['measured_ms'][phase]:,.{digits}f} "
+                f"({check['median_ms'][phase]:,.{digits}f})",
+                f"{check['error'][phase]:+.1%}",
+            ]
+        rows.append((*cells, "exact" if check["exact"] else "other"))
+    return rows
+
+
+def predict_notes(document: Mapping[str, Any]) -> list[str]:
+    """How far off the fit is for what it has not seen."""
+    fit = document["fit"]
+    notes = [
+        f"- Fitted to {fit['rows']} measurements on loopback of {', '.join(fit['architectures'])}."
+    ]
+    for phase in ("online", "offline"):
+        kinds = {
+            "each measurement left out": fit["left_out"].get(phase),
+            "each architecture left out": fit["unseen"].get(phase),
+            "the rows above": document.get("held_out", {}).get(phase),
+        }
+        said = [
+            f"{kind} {error['median']:.1%} ({error['largest']:.1%})"
+            for kind, error in kinds.items()
+            if error
+        ]
+        notes.append(f"- Error of the {phase} latency, median (largest): {', '.join(said)}.")
+    return notes
+
+
 def markdown(columns: Row, rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """A Markdown table, and notes below it."""
     lines = [columns, tuple("---" for _ in columns), *rows]
@@ -240,7 +317,7 @@ def _bytes(row: Mapping[str, Any], phase: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> str:
     """The table asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("table", choices=("runs", "compare", "growth"))
+    parser.add_argument("table", choices=("runs", "compare", "growth", "network", "predict"))
     parser.add_argument("files", nargs="+", type=Path)
     given = parser.parse_args(arguments)
     if given.table == "growth":
@@ -252,6 +329,14 @@ def main(arguments: Sequence[str] | None = None) -> str:
             COMPARE,
             [row for document in documents for row in compare_rows(document)],
             [note for document in documents for note in compare_notes(document)],
+        )
+    if given.table == "network":
+        return markdown(NETWORK, [network_row(row) for d in documents for row in d["rows"]])
+    if given.table == "predict":
+        return markdown(
+            PREDICT,
+            [row for document in documents for row in predict_rows(document)],
+            [note for document in documents for note in predict_notes(document)],
         )
     results = [one for d in documents for one in (d if isinstance(d, list) else [d])]
     return markdown(RUNS, [run_row(result) for result in results])
