@@ -38,6 +38,7 @@ def server(
     queue: int,
     per_client: int,
     drain: float,
+    metrics: str | None,
     log: str | None,
     backend: str,
     device: str,
@@ -91,7 +92,9 @@ def server(
         )
         journal = options.journal("server", log, once)
         if not once:
-            options.serve(party.host(listener, settings, journal), listener)
+            options.serve(
+                party.host(listener, settings, journal), listener, metrics, implementation
+            )
             return
         options.ready(listener)
         meter = party.serve_once(listener, settings, journal)
