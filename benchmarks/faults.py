@@ -299,14 +299,16 @@ def verdict(row: dict[str, Any]) -> str:
     return "; ".join(wrong) or "ok"
 
 
-def cells(plain: dict[str, Any], seen: dict[str, Any]) -> list[tuple[Fault, str]]:
+def cells(plain: dict[str, Any], seen: dict[str, Any], *, tls: bool) -> list[tuple[Fault, str]]:
     """Every message of a session, with its phase, x every kind of fault."""
     found = []
     for key, messages in seen.items():
         link, sender = key.split("|")
         phases = [phase for phase, _ in plain[key]]
-        extra = len(messages) - len(phases)  # TLS has its own messages first
-        phases = ["handshake"] * extra + phases if extra >= 0 else phases[-extra:]
+        if tls:  # its own messages come first, and at the end perhaps an alert
+            first = 5 if link.startswith(sender) else 7
+            phases = ["handshake"] * first + phases
+            phases += ["close"] * (len(messages) - len(phases))
         for number, phase in enumerate(phases):
             if [*phases, ""][number - 1 : number + 2] == ["probe"] * 3:
                 continue
@@ -343,7 +345,7 @@ def matrix(
             reference
         )
         seen[name] = reference["seen"]
-    todo = cells(seen["plain"], seen["tls"])[::every]
+    todo = cells(seen["plain"], seen["tls"], tls=tls)[::every]
     name = f"{'tls' if tls else 'plain'}, {'stores' if store else 'no stores'}"
     done = (
         [json.loads(line) for line in rows.read_text().splitlines()]

@@ -482,18 +482,27 @@ def sweep(
 
 @cli.command()
 @click.argument("results", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--sweep",
+    "sweep_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Report the students of this SWEEP.toml alone, those without a result too.",
+)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Markdown file.")
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Picture: .svg or .png."
 )
-def report(results: Path, output: Path | None, plot: Path | None) -> None:
+def report(results: Path, sweep_path: Path | None, output: Path | None, plot: Path | None) -> None:
     """Make the Markdown table and the plot of a sweep's RESULTS folder.
+
+    A sweep need not be finished: students without a result are marked.
 
     \b
     Example:
-      pi-train report benchmarks/results/senet --plot benchmarks/results/senet/accuracy.svg
+      pi-train report benchmarks/results/senet --sweep benchmarks/senet.toml \\
+          --plot benchmarks/results/senet/accuracy.svg
     """
-    found = report_module.load(results)
+    found = report_module.load(results, sweep_module.load(sweep_path) if sweep_path else ())
     text = report_module.table(found)
     if plot is not None:
         report_module.plot(found, plot)

@@ -62,6 +62,7 @@ class GateStage(Stage):
         self.gates = gated(student)
         super().__init__(run, student, (Phase(settings.epochs),), settings.optimizer)
         self.rule = rule
+        self.target = run.recipe.searched(rule.count.total)
         self._all_relu = teacher
         view = with_activations(student, ())
         self._step = run.compiled(Distill(view, settings.ce, settings.kl, settings.temperature))
@@ -92,7 +93,7 @@ class GateStage(Stage):
         return hamming(before, self.open())
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks found; at most the recipe's budget."""
+        """The masks found; at most ``target`` positions."""
         raise NotImplementedError
 
     def result(self) -> fx.GraphModule:

@@ -222,7 +222,7 @@ class Stage:
         if batch % self.run.ranks.size:
             raise UsageError(f"{self.run.ranks.size} ranks cannot share a batch of {batch}")
         self.run.reporter.begin(self.name, self.epochs, self.done)
-        with _threads(self.run.recipe.threads):
+        with threads(self.run.recipe.threads):
             if not self.done:
                 self.before_first(train)
             while self.done < self.epochs:
@@ -360,7 +360,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """So many CPU threads inside; 0 leaves the number as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

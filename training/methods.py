@@ -12,7 +12,7 @@ from typing import Any
 
 from pi_system.errors import UsageError
 
-from .recipe import Recipe
+from .recipe import Polish, Recipe
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ METHODS: dict[str, Method] = {
     "taylor-progressive": Method("Taylor score, SENet's budgets, progressive", "senet", "taylor"),
     "taylor-search-oneshot": Method(
         "Taylor score over all layers", "search", "taylor", taylor={"progressive": False}
+    ),
+    "senet+polish": Method(
+        "SENet+ and a block-coordinate polish", "search", "taylor", masks={"polish": Polish()}
     ),
 }
 

@@ -208,6 +208,28 @@ class Taylor:
 
 
 @dataclass(frozen=True)
+class Polish:
+    """The search keeps ``extra`` ReLUs more, a part of the budget, which then go block by block.
+
+    Args:
+        block: ReLUs dropped together.
+        tolerance: a block goes if the training accuracy, a fraction of 1, falls by less.
+        trials: blocks tried before the best of them goes.
+        images: training images that measure the accuracy.
+    """
+
+    extra: float = 0.1
+    block: int = 100
+    tolerance: float = 0.0005
+    trials: int = 8
+    images: int = 5000
+
+    def __post_init__(self) -> None:
+        _positive(extra=self.extra, block=self.block, trials=self.trials, images=self.images)
+        _fractions(tolerance=self.tolerance)
+
+
+@dataclass(frozen=True)
 class Masks:
     """Mask search; ``loss = ce * CE + kl * KL``.
 
@@ -234,8 +256,11 @@ class Masks:
     temperature: float = 4.0
     snl: Snl = Snl()
     taylor: Taylor = Taylor()
+    polish: Polish | None = None
 
     def __post_init__(self) -> None:
+        if self.polish and (self.granularity == "channel" or self.method == "random"):
+            raise UsageError("polish goes with a search for pixels, not channels or random ones")
         _one_of("method", self.method, ("senet", "taylor", "snl", "random"))
         _one_of("granularity", self.granularity, ("pixel", "channel"))
         _one_of("start", self.start, ("random", "teacher"))
@@ -365,10 +390,16 @@ class Recipe:
             )
         return channels
 
+    def searched(self, total: int) -> int:
+        """ReLUs at the end of the mask search, of ``total``; polishing drops those over budget."""
+        extra = 0.0 if self.masks.polish is None else self.masks.polish.extra
+        return max(self.relu_budget, min(total, int(self.relu_budget * (1 + extra))))
+
     @property
     def method(self) -> str:
         """What the budget and the positions are chosen by."""
         rule, search = self.allocate.rule, self.masks.method
+        search += "" if self.masks.polish is None else "/polish"
         return "senet" if rule == search == "senet" else f"{rule}/{search}"
 
     def seed_of(self, stage: str) -> int:
@@ -393,7 +424,9 @@ class Recipe:
         document: dict[str, Any] = {name: getattr(self, name) for name in common}
         document |= {"threads": self.threads, "compile": self.compile, "stage": stage}
         for name in STAGES[: STAGES.index(stage) + 1]:
-            document[name] = dataclasses.asdict(getattr(self, name))
+            settings = dataclasses.asdict(getattr(self, name))
+            # What is not used leaves no trace, so that older results keep their digest.
+            document[name] = {k: v for k, v in settings.items() if v is not None}
         if stage in STUDENT_STAGES:
             for name in ("relu_budget", "student_seed", "precision"):
                 document[name] = getattr(self, name)

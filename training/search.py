@@ -9,6 +9,7 @@ from torch import fx
 from pi_system.checkpoint import write_atomic
 from pi_system.nn import count_relus, relu_sites
 
+from . import polish
 from .allocate import Rule
 from .gates import GateStage
 from .loop import Run, derive_seed
@@ -38,7 +39,7 @@ def run_stage(run: Run, teacher: fx.GraphModule, rule: Rule) -> fx.GraphModule:
             shape = tuple(site.mask.shape)
             site.set_mask(random_positions(shape, budgets[name], settings.granularity, generator))
     elif settings.method == "senet":
-        budgets = rule(recipe.relu_budget)
+        budgets = rule(recipe.searched(rule.count.total))
         assert budgets is not None
         search = MaskStage(run, teacher, budgets)
         search.fit()
@@ -49,6 +50,7 @@ def run_stage(run: Run, teacher: fx.GraphModule, rule: Rule) -> fx.GraphModule:
         gates = kind(run, teacher, rule)
         gates.fit()
         found, hamming = gates.result(), [row.hamming for row in gates.rows]
+    polished = None if settings.polish is None else polish.run_stage(run, found)
     count = count_relus(found)
     found_masks = {name: site.mask.contiguous() for name, site in relu_sites(found).items()}
     with run.writing() as mine:
@@ -67,6 +69,7 @@ def run_stage(run: Run, teacher: fx.GraphModule, rule: Rule) -> fx.GraphModule:
                 {"site": layer.name, "total": layer.total, "relus": layer.kept}
                 for layer in count.layers
             ],
-        },
+        }
+        | ({} if polished is None else {"polish": polished}),
     )
     return found

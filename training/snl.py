@@ -51,7 +51,7 @@ class SnlStage(GateStage):
         left = self.epochs * updates - done
         total = self._total()
         if left:
-            wanted = float(total - self.run.recipe.relu_budget) / left
+            wanted = float(total - self.target) / left
             fell = max(float(self._sum - total), 1e-9)
             self._penalty.mul_(min(2.0, max(0.5, wanted / fell)))
         self._sum.copy_(total)
@@ -61,4 +61,4 @@ class SnlStage(GateStage):
 
     def masks(self) -> dict[str, Tensor]:
         gates = {name: gate.gate.detach() for name, gate in self.gates.items()}
-        return top_together(gates, self.run.recipe.relu_budget)
+        return top_together(gates, self.target)

@@ -40,7 +40,7 @@ class TaylorStage(GateStage):
 
     def budget(self, done: float) -> int:
         """ReLUs to keep when the fraction ``done`` of the search is over."""
-        final = self.run.recipe.relu_budget
+        final = self.target
         falling = 1 - self._settings.settle
         if not self._settings.progressive or done >= falling:
             return final

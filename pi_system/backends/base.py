@@ -13,7 +13,7 @@ whose channel is ``None`` there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
@@ -32,7 +32,10 @@ class Options:
 
     ``threads`` is per party; ``device`` is a torch device name for server and dealer; ``plan``
     names the precision the server is to use, and only the server's counts; ``model`` is the hash
-    of the model that the client was told, and only the client's counts.
+    of the model that the client was told, and only the client's counts. ``ahead`` is
+    the number of inferences for which the client announces, and the dealer at most makes, material
+    before it is asked for. ``grant`` is the dealer's: called with the number of inferences whose
+    material the client asks for, it may refuse them.
     """
 
     batch: int = 1
@@ -40,6 +43,8 @@ class Options:
     device: str = "cpu"
     plan: str = "default"
     model: str | None = None
+    ahead: int = 0
+    grant: Callable[[int], None] = field(default=lambda count: None, compare=False)
 
 
 class ServerSession(Protocol):
@@ -108,6 +113,15 @@ class KeepingSession(Protocol):
 
     def prepare(self, count: int) -> int:
         """Lay in material for ``count`` inferences; how many are in stock then."""
+        ...
+
+
+@runtime_checkable
+class Stocked(Protocol):
+    """A backend that can count what it holds."""
+
+    def stock(self) -> int | None:
+        """Inferences whose one-time material is in stock here; ``None`` where none is kept."""
         ...
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from ..errors import BusyError
 
 STOPPING = "it is shutting down"
+ENDING = 0.5
+"""Seconds that a client at its limit waits for an earlier session of its own to end."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,13 @@ class Admission:
         limits = self.limits
         if self._closed:
             raise BusyError(STOPPING)
-        if self._clients[who] >= limits.per_client:
+        # Its last session may just be ending: the client has left, this side has not noticed.
+        if not self._change.wait_for(
+            lambda: self._closed or self._clients[who] < limits.per_client, ENDING
+        ):
             raise BusyError(f"{limits.per_client} sessions of this client are the most at a time")
+        if self._closed:
+            raise BusyError(STOPPING)
         if self._running >= limits.sessions and len(self._queue) >= limits.queue:
             raise BusyError(f"{limits.sessions} sessions run and {len(self._queue)} wait already")
         self._clients[who] += 1

@@ -34,6 +34,7 @@ class ClientSettings:
         link: the emulated network on every connection; None for none.
         identity: whom this party speaks for; ``None`` for plaintext.
         expect_model: refuse a server whose model has another hash.
+        ahead: fss: inferences whose material the dealer may make before it is asked for.
     """
 
     server: Address
@@ -46,6 +47,7 @@ class ClientSettings:
     link: Link | None = None
     identity: Identity | None = None
     expect_model: str | None = None
+    ahead: int = 0
 
 
 class Client:
@@ -115,7 +117,10 @@ class Client:
                     f"model {settings.expect_model} expected, {self.model.sha256} at the server"
                 )
             options = Options(
-                batch=settings.batch, threads=settings.threads, model=self.model.sha256
+                batch=settings.batch,
+                threads=settings.threads,
+                model=self.model.sha256,
+                ahead=settings.ahead,
             )
             self._session = settings.backend.client(self.model.graph, self._server, dealer, options)
         except BaseException as error:

@@ -9,20 +9,25 @@ import contextlib
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ..backends.base import Options
-from ..errors import BusyError, PeerTimeout, PiError, RefusedError
+from ..errors import BusyError, PeerTimeout, PiError, ProtocolError, RefusedError
 from ..net.channel import Channel, Listener
 from ..net.meter import Meter
-from . import handshake
+from . import commands, handshake
 from .admission import STOPPING
 from .handshake import Hello
 from .journal import Journal, milliseconds
+from .quota import Quota
 from .serving import Host, ServingSettings
 
 _QUIET: Final = 1.0
 """Seconds of silence after which a session counts as idle when the dealer is stopped."""
+
+_LONELY: Final = 2
+"""Parties that wait for their peer, at most, for every session that may run or wait."""
 
 
 class _Waiting(NamedTuple):
@@ -43,6 +48,7 @@ class Dealer:
         self._waiting: dict[str, _Waiting] = {}
         self._lock = threading.Lock()
         self._host: Host | None = None
+        self._quota = Quota(settings.quota)
 
     def host(self) -> Host:
         """For many pairs at once; :meth:`Host.serve_forever` runs it."""
@@ -138,6 +144,9 @@ class Dealer:
         with self._lock:
             other = self._waiting.get(hello.session)
             if other is None:
+                limits = self._settings.limits
+                if len(self._waiting) >= _LONELY * (limits.sessions + limits.queue):
+                    raise BusyError(f"{len(self._waiting)} parties wait for their peers already")
                 self._waiting[hello.session] = new
                 return None
             if other.hello.role == hello.role:
@@ -168,7 +177,10 @@ class Dealer:
                     channel.timeout = settings.timeouts.idle
                     channel.while_silent = self._end_when_idle
                     handshake.say(channel, hello.answer("dealer", settings.backend_name))
-                options = Options(hello.batch, settings.threads, settings.device)
+                options = Options(
+                    hello.batch, settings.threads, settings.device, ahead=settings.ahead,
+                    grant=partial(self._grant, named["session"], named["who"]),
+                )  # fmt: skip
                 settings.backend.dealer(server, client, options).run()
             except Exception as error:
                 known = isinstance(error, PiError)
@@ -180,6 +192,19 @@ class Dealer:
                 raise
         self._journal.write("ended", **named, **_summary(meter, started))
         return meter
+
+    def _grant(self, session: str, who: str, count: int) -> None:
+        """Material of ``count`` inferences is asked for.
+
+        Raises:
+            BusyError: they are over the client's quota.
+        """
+        if not 1 <= count <= commands.MAX_OFFLINE:
+            raise ProtocolError(f"the client asked for material of {count} inferences")
+        self._quota.take(who, count)
+        self._journal.write(
+            "request", session=session, request=f"material {count}", phase="offline", count=count
+        )
 
     def _end_when_idle(self, silent: float) -> None:
         if self._host is not None and silent > _QUIET:

@@ -114,6 +114,7 @@ def run_local(run: LocalRun) -> LocalResult:
                 *("client", "--server", server_at, "--dealer", dealer_at, "--images", "-"),
                 *("--batch", str(run.batch), "--repeat", str(run.repeat)),
                 *("--warmup", str(run.warmup), "--format", "json"),
+                *("--ahead", "0"),  # nobody is to compute while another is timed
             ],
         }
         reports: queue.Queue[_Report] = queue.Queue()

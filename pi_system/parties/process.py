@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -28,6 +29,13 @@ def exit_with_parent() -> None:
         os._exit(5)
 
     threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
+
+
+def release_memory() -> None:
+    """Give back to the system what the C library keeps of freed memory, where it can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_memory() -> int:

@@ -29,6 +29,7 @@ from ..net.link import Link
 from ..net.tls import Identity
 from .admission import STOPPING, Admission, Limits
 from .journal import Journal
+from .process import release_memory
 from .timeouts import Timeouts
 
 GREETING: Final = 64
@@ -50,6 +51,9 @@ class ServingSettings:
         log_frames: keep the log of frames for :class:`Meter`'s readers.
         limits: of sessions at once.
         drain: seconds for running requests to end when the party is stopped.
+        quota: the dealer's: inferences an hour that one client may have material for; ``None``
+            for any number.
+        ahead: the dealer's: inferences of a session whose material it makes before it is asked.
     """
 
     backend: Backend
@@ -62,6 +66,8 @@ class ServingSettings:
     log_frames: bool = False
     limits: Limits = field(default_factory=Limits)
     drain: float = 30.0
+    quota: int | None = None
+    ahead: int = 0
 
 
 class Host:
@@ -183,6 +189,7 @@ class Host:
                 self._greeting.pop(me, None)
                 self._threads.discard(threading.current_thread())
                 self._change.notify_all()
+            release_memory()
 
     def _end(self) -> None:
         self._listener.close()

@@ -29,6 +29,8 @@ import pytest
 from pi_system.graph import serialize
 from pi_system.graph.execute import run
 from pi_system.models import demo_images, normalise, resolve
+from pi_system.net import certificates
+from pi_system.net.channel import Listener
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
 
@@ -99,11 +101,11 @@ class Deployment:
     """The compose project, built from a copy of the sources."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def compose(self, *words: str, timeout: float = 120) -> str:
         base = ("docker", "compose", "--project-name", PROJECT)
-        return command(*base, *words, timeout=timeout, cwd=self._folder)
+        return command(*base, *words, timeout=timeout, cwd=self.folder)
 
     def container(self, service: str) -> str:
         return f"{PROJECT}-{service}-1"
@@ -117,8 +119,8 @@ class Deployment:
 def deployment(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("build")
     skip = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("Dockerfile", ".dockerignore", "docker-compose.yml", "pyproject.toml", "setup.py",
-                 "README.md", "LICENSE"):  # fmt: skip
+    for name in ("Dockerfile", ".dockerignore", "docker-compose.yml", "compose.two-hosts.yml",
+                 "pyproject.toml", "setup.py", "README.md", "LICENSE"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     for name in ("native", "pi_system", "training"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
@@ -204,6 +206,14 @@ def check(classes: list[int], logits: list[float], images: npt.NDArray[np.float3
         assert label == row.argmax() or best - second <= 2 * ERROR
 
 
+def parsed(table: str) -> tuple[list[int], list[float]]:
+    """Class and logit of every image, from what a person sees."""
+    row = r"^│ +(\d+) │ +(\d+) │ \w+ +│ +([-.\d]+) │ +[.\d]+ │$"
+    rows = re.findall(row, table, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(len(rows)))
+    return [int(row[1]) for row in rows], [float(row[2]) for row in rows]
+
+
 def demo(count: int | None = None) -> npt.NDArray[np.float32]:
     return normalise(demo_images()[0][:count], resolve("demo").metadata)
 
@@ -211,9 +221,7 @@ def demo(count: int | None = None) -> npt.NDArray[np.float32]:
 @pytest.mark.usefixtures("taps")
 def test_the_demo_prints_the_right_answers(deployment: Deployment) -> None:
     log = docker("logs", deployment.container("client"))
-    rows = re.findall(r"^│ +(\d+) │ +(\d+) │ \w+ +│ +([-.\d]+) │ +[.\d]+ │$", log, re.MULTILINE)
-    assert [int(row[0]) for row in rows] == list(range(len(demo_images()[0])))
-    check([int(row[1]) for row in rows], [float(row[2]) for row in rows], demo())
+    check(*parsed(log), demo())
     for service in ("server", "dealer"):
         state = deployment.inspect(service)["State"]
         assert state["Running"] and state["Health"]["Status"] == "healthy"
@@ -329,6 +337,32 @@ def test_every_profile_is_a_valid_deployment(deployment: Deployment) -> None:
     for name in ("server-gpu", "dealer-gpu"):
         reserved = gpu["services"][name]["deploy"]["resources"]["reservations"]["devices"]
         assert reserved[0]["capabilities"] == ["gpu"]
+
+
+def test_a_project_per_machine(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compose.two-hosts.yml, the roles knowing of each other by published ports alone."""
+    if os.getuid() != 0:
+        pytest.skip("only root can hand the keys to the containers' user")
+    for path in certificates.make(deployment.folder / "certs", folders=True):
+        os.chown(path, 10001, 10001)
+    gateway = "{{(index .IPAM.Config 0).Gateway}}"
+    host = docker("network", "inspect", "--format", gateway, "bridge").strip()
+    for variable, listener in (("PI_SERVER", Listener(host, 0)), ("PI_DEALER", Listener(host, 0))):
+        monkeypatch.setenv(variable, f"{host}:{listener.port}")
+        monkeypatch.setenv(f"{variable}_LISTEN", f"{host}:{listener.port}")
+        listener.close()
+    with contextlib.ExitStack() as stack:
+
+        def compose(role: str, *words: str) -> str:
+            project = ("--project-name", f"{PROJECT}-{role}", "--file", "compose.two-hosts.yml")
+            return command("docker", "compose", *project, *words, cwd=deployment.folder)
+
+        for role in ROLES:
+            stack.callback(compose, role, "--profile", role, "down", "--timeout", "5")
+        for role in ("dealer", "server"):
+            compose(role, "--profile", role, "up", "--detach")
+        table = compose("client", "run", "--rm", "--no-TTY", "client")
+    check(*parsed(table), demo())
 
 
 @pytest.mark.usefixtures("taps")

@@ -38,6 +38,7 @@ class Party:
             raise RuntimeError(self.process.communicate()[1])
         ready = json.loads(line)
         self.at = Address(ready["host"], ready["port"])
+        self.metrics: str = ready.get("metrics", "")
 
     def end(self, timeout: float = 10) -> tuple[int, list[dict[str, Any]]]:
         """Its exit code and what it wrote."""
@@ -82,9 +83,10 @@ def deploy(
 
         def begin(
             *options: str, dealer: tuple[str, ...] = (), backend: str = "toy_backends:Plain",
-            model: str | None = None,
+            model: str | None = None, certs: Path | None = None,
         ) -> Deployed:  # fmt: skip
-            common = ("--listen", "127.0.0.1:0", "--backend", backend, "--insecure")
+            links = ("--insecure",) if certs is None else ("--certs", str(certs))
+            common = ("--listen", "127.0.0.1:0", "--backend", backend, *links)
             dealers = start("dealer", *common, *dealer)
             server = start(
                 "server", "--model", model or str(toy_model), "--dealer", str(dealers.at),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +21,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from pi_system.errors import BusyError, PeerError, RefusedError
-from pi_system.parties import commands
+from pi_system.net import certificates
+from pi_system.net.channel import connect
+from pi_system.net.tls import Identity
+from pi_system.parties import commands, handshake
 from pi_system.parties.admission import Admission, Limits
 from pi_system.parties.classify import classify
 from pi_system.parties.client import Client
@@ -116,7 +121,8 @@ def test_one_client_cannot_take_all_places(deploy: Deploy) -> None:
     made = deploy("--per-client", "1")
     with Client(made.client()), pytest.raises(BusyError, match="1 sessions of this client"):
         Client(made.client())
-    ready(Client(made.client())).close()  # the place is free again
+    for _ in range(5):  # at once, before the server knows that the last one has left
+        ready(Client(made.client())).close()
 
 
 def test_a_busy_dealer_is_named_to_the_client(deploy: Deploy) -> None:
@@ -181,6 +187,53 @@ def test_many_that_say_nothing_do_not_keep_others_out(deploy: Deploy) -> None:
         assert time.monotonic() - started < 6
 
 
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployment's certificates, and in ``other/`` a second client's."""
+    directory = tmp_path_factory.mktemp("certs")
+    certificates.make(directory)
+    (directory / "other").mkdir()
+    for name in ("authority.pem", "authority.key"):
+        shutil.copy(directory / name, directory / "other")
+    certificates.make(directory / "other", roles=["client"])
+    return directory
+
+
+def test_over_tls_silent_connections_hold_nobody_and_clients_are_told_apart(
+    deploy: Deploy, certs: Path
+) -> None:
+    made = deploy("--per-client", "1", certs=certs)
+    one, other = (
+        made.client(identity=Identity.of(folder, "client")) for folder in (certs, certs / "other")
+    )
+    with contextlib.ExitStack() as stack:
+        for party in (made.server, made.dealer):
+            for _ in range(100):  # more than may be about to say hello
+                stack.enter_context(socket.create_connection(party.at))
+        ready(stack.enter_context(Client(one)))
+        with pytest.raises(BusyError, match="1 sessions of this client"):
+            Client(one)
+        ready(stack.enter_context(Client(other)))
+    code, events = made.server.stop()
+    assert code == 0
+    names = [e["who"] for e in events if e["event"] == "session"]
+    assert len(set(names)) == 2 and all(re.fullmatch("cert:[0-9a-f]{16}", n) for n in names)
+
+
+def test_a_dealer_bounds_those_who_wait_for_their_peer(deploy: Deploy) -> None:
+    made = deploy(dealer=("--sessions", "1", "--queue", "0"))
+    with contextlib.ExitStack() as stack:
+        lonely = []
+        for number in range(3):
+            channel = stack.enter_context(connect(*made.dealer.at, peer="dealer"))
+            hello = handshake.Hello("client", f"{number:032x}", "toy_backends:Plain", 1)
+            handshake.say(channel, hello)
+            lonely.append(channel)
+            time.sleep(0.2)
+        with pytest.raises(BusyError, match="2 parties wait for their peers already"):
+            lonely[2].recv()
+
+
 def test_places_are_given_in_the_order_of_coming_and_all_come_back() -> None:
     admission = Admission(Limits(sessions=2, queue=100, per_client=100, patience=20))
     order: list[int] = []
@@ -223,12 +276,8 @@ def test_a_log_holds_no_share_key_pixel_or_logit(
         text = " ".join(str(value) for event in events for value in event.values())
         assert not re.search("[0-9a-f]{17}", text)  # no seed, key or whole name of a session
         secret = [*toy_images.ravel()[:200], *np.ravel([i.logits for i in report.inferences])]
-        numbers = {value for e in events for value in e.values() if isinstance(value, float)}
-        for value in secret:
+        for value in secret:  # times have three decimals
             assert f"{abs(value):.5f}"[:-1] not in text
-            assert round(float(value), 3) not in numbers or abs(value) < 0.1
-    server = [e for e in events if e["event"] == "request"]
-    assert all(e["ms"] >= 0 for e in server)
 
 
 @pytest.mark.parametrize("value", [np.zeros(3), b"key", [1], np.float32(1)])

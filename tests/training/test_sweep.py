@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_each_method_honours_its_budget(base: Run, method: str, tmp_path: Path) 
     assert manifest.method == run.recipe.method
 
 
-@pytest.mark.parametrize("method", ["senet", "snl", "senet+"])
+@pytest.mark.parametrize("method", ["senet", "snl", "senet+", "senet+polish"])
 @pytest.mark.parametrize("budget", ["none", "all"])
 def test_no_relu_and_every_relu(base: Run, method: str, budget: str, tmp_path: Path) -> None:
     total = 38912
@@ -59,7 +60,7 @@ def test_no_relu_and_every_relu(base: Run, method: str, budget: str, tmp_path: P
     assert nn.count_relus(found).total == total
 
 
-@pytest.mark.parametrize("method", ["snl", "senet+"])
+@pytest.mark.parametrize("method", ["snl", "senet+", "senet+polish"])
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_stopped_search_goes_on_to_the_same_bits(
     base: Run, method: str, inside: bool, tmp_path: Path
@@ -161,6 +162,37 @@ def test_the_command_makes_table_and_plot(swept: Path, cifar10: Path, tmp_path: 
     assert f"**{100 * result['test_accuracy']:.2f}**" in row.split("|")[2]
 
 
+def test_half_a_sweep_has_its_table_and_plot(swept: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    text = (swept / "sweep.toml").read_text()
+    text = text.replace('"senet"]', '"senet", "senet-mismatch"]').replace("[1]", "[1, 2]")
+    path.write_text(text)
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("senet-777-s1", "senet-3000-s1", "uniform-random-777-s1"):
+        shutil.copy(swept / "results" / f"{name}.json", half)
+    # Of another sweep; it is not reported.
+    shutil.copy(half / "senet-777-s1.json", half / "snl-777-s1.json")
+    plot = tmp_path / "plot.svg"
+    made = CliRunner().invoke(cli, ["report", str(half), "--sweep", str(path), "--plot", str(plot)])
+    assert made.exit_code == 0, made.stderr
+    assert plot.stat().st_size > 1000
+    accuracy = 100 * json.loads((half / "senet-777-s1.json").read_text())["test_accuracy"]
+    lines = made.stdout.splitlines()
+    assert len(lines) == 7 and "snl" not in made.stdout
+    uniform, senet_, mismatch = lines[2:5]
+    assert uniform.startswith("| `uniform-random`") and uniform.endswith(", -) | - |")
+    assert f"| **{accuracy:.2f}** ({accuracy:.2f}, -) |" in senet_
+    # The bars of its title do not end the cell.
+    assert mismatch.replace("\\|", "").count("|") == 4 and mismatch.endswith("| - | - |")
+    assert lines[-1].endswith("result yet: 9 of 12.")
+    assert "9 students without a result yet" in plot.read_text()
+    whole = CliRunner().invoke(cli, ["report", str(swept / "results")])
+    assert "without a result" not in whole.stdout and ", -" not in whole.stdout
+    empty = CliRunner().invoke(cli, ["report", str(tmp_path), "--sweep", str(path)])
+    assert empty.exit_code == 2 and "no results" in empty.stderr
+
+
 def test_unlike_runs_share_no_table(swept: Path, tmp_path: Path) -> None:
     for i, name in enumerate(("senet-777-s1", "senet-3000-s1")):
         document = json.loads((swept / "results" / f"{name}.json").read_text())
@@ -170,6 +202,17 @@ def test_unlike_runs_share_no_table(swept: Path, tmp_path: Path) -> None:
         report.load(tmp_path)
     with pytest.raises(UsageError, match="no results"):
         report.load(tmp_path / "nothing")
+
+
+def test_the_bundled_sweeps_are_read() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    main, ablation = (sweep.load(folder / f"{n}.toml") for n in ("senet", "senet-ablation"))
+    assert len(main) == 30 and len(ablation) == 7
+    shared = {job.name for job in main} & {job.name for job in ablation}
+    assert shared == {"senet-7000-s1", "senet+-7000-s1"}
+    digests = {job.name: job.recipe.digest("finetune") for job in main}
+    assert all(j.recipe.digest("finetune") == digests[j.name] for j in ablation if j.name in shared)
+    assert len({job.recipe.digest("finetune") for job in ablation}) == 7
 
 
 def test_bad_sweeps(recipe_path: Path, tmp_path: Path) -> None:

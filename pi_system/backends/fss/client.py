@@ -16,6 +16,7 @@ from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Options
 from . import masks, offline, online, pairing, prg
+from .ahead import MOST
 from .material import ClientMaterial
 from .public import MAX_RETRIES, Public, receive_plan
 from .ring import Words, decode, encode
@@ -45,6 +46,7 @@ class Client:
         self._claimed: Claimed[ClientMaterial] = Claimed()
         self._paired: Stock[ClientMaterial] | None = None
         self._b: dict[str, WideConv] = {}
+        self._seeds: dict[int, bytes] = {}
         self._public: Public | None = None
         self._retries = 0
 
@@ -111,10 +113,16 @@ class Client:
         if not made or self._dealer is None:
             return
         request = {"count": len(made), "first": made.start, "digest": public.digest}
+        if self._options.ahead:
+            coming = range(made.stop, made.stop + min(self._options.ahead, MOST))
+            known = {i: seed for i, seed in self._seeds.items() if i in made}
+            seeds = {i: self._seeds.get(i) or self._source.seed() for i in coming}
+            request["ahead"] = [[i, seed.hex()] for i, seed in seeds.items()]
+            self._seeds = known | seeds
         self._dealer.send_json(request)
         for inference in made:
-            channels = self._server, self._dealer
-            add(inference, offline.make(public, self._b, inference, *channels, self._source))
+            channels, seed = (self._server, self._dealer), self._seeds.pop(inference, None)
+            add(inference, offline.make(public, self._b, inference, *channels, self._source, seed))
 
     def online(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         public = self._ready()

@@ -5,11 +5,15 @@ It never sees a weight (W' is uniform without b), an image or anything of the on
 
 from __future__ import annotations
 
+from contextlib import closing
+from functools import partial
+
 from ...errors import ProtocolError
 from ...net.channel import Channel
 from ...net.framing import PeerClosed
 from ..base import Options
 from . import device, offline, packing, prg
+from .ahead import Ahead, Held, parse
 from .device import Product
 from .public import Public, agree, receive_graph
 from .source import SYSTEM, Source
@@ -32,10 +36,20 @@ class Dealer:
         try:
             public = receive_graph(self._server, self._options.batch)
             blinded = self._receive_weights(public)
-            while True:
-                self._serve(public, blinded)
+            with closing(Ahead(partial(self._make, public, blinded), self._options.ahead)) as ahead:
+                while True:
+                    self._serve(public, blinded, ahead)
         except PeerClosed:
             return
+
+    def _make(
+        self, public: Public, blinded: dict[str, Product], seed: bytes, inference: int
+    ) -> Held:
+        held = Held()
+        bundle = self._source.bundle(public, seed, inference)
+        outlets = held.outlet("server"), held.outlet("client")
+        offline.deal(public, blinded, bundle, *outlets, self._source)
+        return held
 
     def _receive_weights(self, public: Public) -> dict[str, Product]:
         blinded: dict[str, Product] = {}
@@ -50,18 +64,24 @@ class Dealer:
             blinded[op.out] = device.wide(self._options.device, op, source, weight, n)
         return blinded
 
-    def _serve(self, public: Public, blinded: dict[str, Product]) -> None:
+    def _serve(self, public: Public, blinded: dict[str, Product], ahead: Ahead) -> None:
         """One offline phase."""
         request = self._client.recv_json()
         if not isinstance(request, dict) or not isinstance(request.get("count"), int):
             raise ProtocolError("the client sent no request for material")
         agree(request.get("digest"), public, "client")
+        self._options.grant(request["count"])
         with self._server.meter.in_phase("offline"):
             for _ in range(min(request["count"], MAX_COUNT)):
                 head = self._client.recv(8 + prg.SEED_BYTES)
                 if len(head) != 8 + prg.SEED_BYTES:
                     raise ProtocolError("the client sent no seed")
                 inference = int.from_bytes(head[:8], "little")
-                bundle = self._source.bundle(public, head[8:], inference)
                 channels = self._server, self._client
+                if (held := ahead.take(inference, head[8:])) is not None:
+                    held.release(*channels)
+                    continue
+                bundle = self._source.bundle(public, head[8:], inference)
                 offline.deal(public, blinded, bundle, *channels, self._source)
+        if self._options.ahead and "ahead" in request:
+            ahead.want(parse(request["ahead"]))

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...net.channel import Channel
 from . import masks, packing, relu
+from .ahead import Outlet
 from .device import Product
 from .masks import Bundle, GateMasks, LinearMasks
 from .material import ClientMaterial, ServerMaterial
@@ -59,13 +60,15 @@ def make(
     server: Channel,
     dealer: Channel,
     source: Source = SYSTEM,
+    seed: bytes | None = None,
 ) -> ClientMaterial:
     """The client's part.
 
     Args:
         b: the convolution with b per linear operation.
+        seed: of this inference alone, where the dealer knows it already.
     """
-    seed = source.seed()
+    seed = source.seed() if seed is None else seed
     dealer.send(inference.to_bytes(8, "little") + seed)
     bundle = source.bundle(public, seed, inference)
     gates: dict[str, tuple[relu.Share, Words]] = {}
@@ -92,8 +95,8 @@ def deal(
     public: Public,
     blinded: Mapping[str, Product],
     bundle: Bundle,
-    server: Channel,
-    client: Channel,
+    server: Outlet,
+    client: Outlet,
     source: Source = SYSTEM,
 ) -> None:
     """The dealer's part.

@@ -39,6 +39,10 @@ class FssBackend:
         """
         self._store = Store(directory, role, limit=Store.DEFAULT_LIMIT if limit is None else limit)
 
+    def stock(self) -> int | None:
+        """Items in this party's store, of all pairs."""
+        return None if self._store is None else self._store.count()
+
     def server(
         self, graph: Graph, client: Channel, dealer: Channel | None, options: Options
     ) -> Server:

@@ -422,6 +422,12 @@ class Store:
             stock = self._open[entry.pair] = Stock(self.ledger, entry, shelf)
             return stock
 
+    def count(self) -> int:
+        """Items in stock, of all pairs."""
+        if self.directory is not None:
+            return sum(1 for _ in self.directory.glob(f"*/*{_SUFFIX}"))
+        return sum(len(shelf.ids()) for shelf in list(self._shelves.values()))
+
     def close(self) -> None:
         """Give up the lock; claimed items that were not used are lost."""
         self.ledger.close()

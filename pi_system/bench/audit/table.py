@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,24 +23,28 @@ def print_report(console: Console, report: Report) -> None:
         f"{report.model['name']}, {report.backend}, plan {report.plan}: "
         f"{report.inferences} inferences of batch {report.batch_size}"
     )
-    table = Table(title=title)
-    for column in ("phase", "message", "from > to", "field"):
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("message", "field"):
         table.add_column(column)
     for column in ("layers", "values", "bits"):
         table.add_column(column, justify="right")
     table.add_column("covered by")
     table.add_column("least p", justify="right")
     documents: dict[str, int] = {}
+    phase = named = ""
     for rows in _kinds(report.rows):
         first = rows[0]
         if not first.bits:
             documents[first.kind] = documents.get(first.kind, 0) + first.frames
             continue
+        if first.phase != phase:
+            phase = first.phase
+            named = ""
+            table.add_row(f"[bold]{phase}[/bold]")
+        message = f"{first.kind}, {first.sender} > {first.receiver}"
         tested = [row.worst[1] for row in rows if row.p]
         table.add_row(
-            first.phase,
-            first.kind,
-            f"{first.sender} > {first.receiver}",
+            "" if named == message else message,
             escape(_base(first)),
             str(len(rows)),
             f"{sum(row.values for row in rows):,}",
@@ -47,6 +52,7 @@ def print_report(console: Console, report: Report) -> None:
             first.cover.partition(":")[0] or "public",
             f"{min(tested):.1e}" if tested else "",
         )
+        named = message
     console.print(table)
     listed = ", ".join(f"{kind} {count}" for kind, count in documents.items())
     console.print(f"Public documents beside these, and how many: {listed}.")

@@ -61,6 +61,7 @@ class Run:
     online_min: float
     plaintext: float
     offline: float
+    offline_min: float
     online_bytes: int
     relu_bytes: int
     offline_bytes: int
@@ -352,6 +353,7 @@ def _run(
         online_min=record.number("online.latency_ms.min"),
         plaintext=record.number("plaintext.latency_ms.median"),
         offline=record.number("offline.latency_ms.median"),
+        offline_min=record.number("offline.latency_ms.min"),
         online_bytes=record.total("online.bytes"),
         relu_bytes=record.count("online.relu_bytes"),
         offline_bytes=record.total("offline.bytes"),

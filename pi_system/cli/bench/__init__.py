@@ -12,6 +12,7 @@ from .audit import audit
 from .budget import budget
 from .compare import compare
 from .env import env
+from .predict import predict
 from .regress import regress
 from .report import report
 from .run import run
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, compare, sweep, env, regress, report, audit, budget):
+for _command in (run, compare, sweep, predict, report, regress, audit, env, budget):
     cli.add_command(_command)
 
 

@@ -12,9 +12,10 @@ from .certs import certs
 from .client import client
 from .dealer import dealer
 from .server import server
+from .status import status
 
 
-@click.group(epilog=common.EXIT_CODES)
+@click.group(epilog=common.EXIT_CODES, context_settings={"auto_envvar_prefix": "PI_PARTY"})
 def cli() -> None:
     """Classify images privately: the server keeps its model, the client its images.
 
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for _command in (server, dealer, client, certs):
+for _command in (server, dealer, client, certs, status):
     cli.add_command(_command)
 
 

@@ -56,6 +56,10 @@ def _sha256(context: click.Context, parameter: click.Parameter, value: str | Non
     "--warmup", type=click.IntRange(0), default=0, show_default=True,
     help="Inferences before these that are not reported.",
 )  # fmt: skip
+@click.option(
+    "--ahead", type=click.IntRange(0, 64), default=1, show_default=True, metavar="N",
+    help="fss: let the dealer make the material of the next N inferences while one runs.",
+)  # fmt: skip
 @options.party
 @options.secure
 @common.output_options
@@ -69,6 +73,7 @@ def client(
     batch: int,
     repeat: int,
     warmup: int,
+    ahead: int,
     backend: str,
     threads: int,
     timeout: float,
@@ -127,6 +132,7 @@ def client(
         link=parse(network),
         identity=identity,
         expect_model=expect_model,
+        ahead=ahead,
     )
     if images is None:
         if exit_with_parent:

@@ -13,11 +13,23 @@ from . import options
 @click.option(
     "--listen", required=True, metavar="HOST:PORT", help="Where both connect; port 0: any free."
 )
+@click.option(
+    "--quota", type=click.IntRange(1), metavar="N",
+    help="fss: material of at most N inferences within an hour for one client (known by its "
+    "certificate or else its address), over all its sessions; any number by default.",
+)  # fmt: skip
+@click.option(
+    "--ahead", type=click.IntRange(0, 64), default=2, show_default=True, metavar="N",
+    help="fss: make the material of up to N inferences of a session before it is asked for, where "
+    "the client announces them.",
+)  # fmt: skip
 @options.serving
 @options.party
 @options.secure
 def dealer(
     listen: str,
+    quota: int | None,
+    ahead: int,
     once: bool,
     stats: str | None,
     sessions: int,
@@ -25,6 +37,7 @@ def dealer(
     per_client: int,
     drain: float,
     idle_timeout: float,
+    metrics: str | None,
     log: str | None,
     backend: str,
     device: str,
@@ -45,6 +58,8 @@ def dealer(
       pi-party dealer --listen 10.0.0.9:7001 --certs certs
     """
     options.prepare(threads, exit_with_parent)
+    if quota is not None and backend == "crypten":
+        raise click.UsageError("The crypten backend's dealer counts no inferences: no --quota.")
     with options.listener(listen) as listener:
         identity = options.identity("dealer", certs, insecure, listener.host)
         from ...backends import base
@@ -62,11 +77,13 @@ def dealer(
             log_frames=stats is not None,
             limits=options.limits(sessions, queue, per_client, timeout),
             drain=drain,
+            quota=quota,
+            ahead=ahead,
             identity=identity,
         )
         serving = party.Dealer(listener, settings, options.journal("dealer", log, once))
         if not once:
-            options.serve(serving.host(), listener)
+            options.serve(serving.host(), listener, metrics, settings.backend)
             return
         options.ready(listener)
         options.write_stats(stats, "dealer", serving.serve_once().to_json())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -16,8 +17,10 @@ import click
 from ...backends import DEFAULT
 
 if TYPE_CHECKING:
+    from ...backends.base import Backend
     from ...net.channel import Listener
     from ...net.tls import Identity
+    from ...parties.address import Address
     from ...parties.admission import Limits
     from ...parties.journal import Format, Journal
     from ...parties.serving import Host
@@ -26,6 +29,30 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 CERTS_VARIABLE = "PI_PARTY_CERTS"
+
+
+def _configure(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Take the options of a file as this command's defaults."""
+    if path is None:
+        return
+    from ...config import read_toml
+    from ...errors import UsageError
+
+    names = {
+        name.removeprefix("--"): option.name
+        for option in context.command.params
+        for name in option.opts
+        if name.startswith("--") and option is not parameter
+    }
+    values = {}
+    for name, value in read_toml(path).items():
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise UsageError(f"{path}: unknown key {name!r}; known keys are {known}")
+        if not isinstance(value, str | int | float | bool):
+            raise UsageError(f"{path}: {name}: expected a text, a number, true or false")
+        values[names[name]] = value
+    context.default_map = {**(context.default_map or {}), **values}
 
 
 def party(function: F) -> F:
@@ -66,6 +93,17 @@ def party(function: F) -> F:
             default=DEFAULT,
             show_default=True,
             help="Backend; the same on all three sides.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE.toml",
+            is_eager=True,
+            expose_value=False,
+            callback=_configure,
+            help="Options in TOML, one 'name = value' each, named as here without '--'. The "
+            "command line and the environment (PI_PARTY_COMMAND_OPTION, as in "
+            "PI_PARTY_SERVER_SESSIONS=4) overrule it, in this order.",
         ),
     ):
         function = option(function)
@@ -157,6 +195,12 @@ def serving(function: F) -> F:
             help="Seconds a client may be silent between its requests.",
         ),
         click.option(
+            "--metrics",
+            metavar="[HOST:]PORT",
+            help="Serve /metrics (Prometheus), /healthz and /status there, over plain HTTP; "
+            "without a host on loopback.",
+        ),
+        click.option(
             "--drain",
             type=click.FloatRange(min=0.0),
             default=30.0,
@@ -227,9 +271,12 @@ def listener(text: str) -> Listener:
     return Listener(*parse_address(text))
 
 
-def ready(listener: Listener) -> None:
+def ready(listener: Listener, **more: str) -> None:
     """Tell a launcher, or a person, where this party listens."""
-    print(json.dumps({"ready": True, "host": listener.host, "port": listener.port}), flush=True)
+    print(
+        json.dumps({"ready": True, "host": listener.host, "port": listener.port, **more}),
+        flush=True,
+    )
 
 
 def journal(role: str, format_: str | None, once: bool) -> Journal:
@@ -251,7 +298,7 @@ def limits(sessions: int, queue: int, per_client: int, timeout: float) -> Limits
     return Limits(sessions, queue, per_client, patience=0.3 * timeout)
 
 
-def serve(host: Host, listener: Listener) -> None:
+def serve(host: Host, listener: Listener, metrics: str | None, backend: Backend) -> None:
     """Say so and serve until SIGTERM or Ctrl-C; a second one ends the process at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -261,9 +308,31 @@ def serve(host: Host, listener: Listener) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    ready(listener)
-    host.journal.write("listening", listen=f"{listener.host}:{listener.port}")
-    host.serve_forever()
+    with contextlib.ExitStack() as stack:
+        more = {}
+        if metrics is not None:
+            more["metrics"] = str(stack.enter_context(_observed(host, metrics, backend)))
+        ready(listener, **more)
+        host.journal.write("listening", listen=f"{listener.host}:{listener.port}")
+        host.serve_forever()
+
+
+@contextlib.contextmanager
+def _observed(host: Host, at: str, backend: Backend) -> Iterator[Address]:
+    """Count what happens and show it to those who ask at ``at``; yields that address."""
+    from ...backends.base import Stocked
+    from ...parties import metrics
+    from ...parties.address import Address, parse_address
+    from ...parties.tally import Tally
+
+    stock = backend.stock if isinstance(backend, Stocked) else lambda: None
+    tally = Tally(host.journal.role, host.admission, stock)
+    counters = metrics.Metrics(tally)
+    host.journal.add(tally.read)
+    host.journal.add(counters.read)
+    address = Address("127.0.0.1", int(at)) if at.isdecimal() else parse_address(at)
+    with metrics.serving(address, tally, counters) as found:
+        yield found
 
 
 def write_stats(stats: str | None, role: str, meter: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ def server(
     per_client: int,
     drain: float,
     idle_timeout: float,
+    metrics: str | None,
     log: str | None,
     backend: str,
     device: str,
@@ -92,7 +93,9 @@ def server(
         )
         journal = options.journal("server", log, once)
         if not once:
-            options.serve(party.host(listener, settings, journal), listener)
+            options.serve(
+                party.host(listener, settings, journal), listener, metrics, implementation
+            )
             return
         options.ready(listener)
         meter = party.serve_once(listener, settings, journal)

@@ -1,0 +1,155 @@
+"""A wide-area network in one machine: two network namespaces, and packets carried between them.
+
+The kernel's own TCP runs at both ends; between them a process carries IP packets from one TUN
+device to the other with a rate, a constant delay and a queue that drops what does not fit. Needs
+root. Real-time priority (``chrt -f 50``) keeps the delay exact on a busy machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+MTU: Final = 1500
+_NEW_NETWORK: Final = 0x40000000
+_ATTACH: Final = 0x400454CA
+_TUN_WITHOUT_HEADER: Final = 0x1001
+_BURST: Final = 64
+_SET_TIMER_SLACK: Final = 29
+
+
+@dataclass
+class Direction:
+    """Packets from ``source`` that wait for their arrival at ``sink``.
+
+    Attributes:
+        free: when the line has sent all it was given.
+        dropped: packets that found the queue full.
+    """
+
+    source: int
+    sink: int
+    waiting: deque[tuple[float, bytes]] = field(default_factory=deque)
+    free: float = 0.0
+    dropped: int = 0
+
+    def take(self, per_byte: float, delay: float, queue: float) -> None:
+        """Put what the source has on the line."""
+        for _ in range(_BURST):
+            try:
+                packet = os.read(self.source, MTU + 4)
+            except BlockingIOError:
+                return
+            now = time.monotonic()
+            start = max(now, self.free)
+            if start - now > queue:
+                self.dropped += 1
+                continue
+            self.free = start + len(packet) * per_byte
+            self.waiting.append((self.free + delay, packet))
+
+    def give(self, now: float) -> float:
+        """Hand over what has arrived; returns when the next packet does."""
+        while self.waiting and self.waiting[0][0] <= now:
+            with contextlib.suppress(OSError):
+                os.write(self.sink, self.waiting.popleft()[1])
+        return self.waiting[0][0] if self.waiting else float("inf")
+
+
+def carry(one: int, other: int, mbps: float, one_way_ms: float, queue_ms: float) -> None:
+    """Carry packets between two TUN devices until terminated."""
+    directions = (Direction(one, other), Direction(other, one))
+    # So that waiting ends when asked for, not up to 50 us later.
+    ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
+    while True:
+        now = time.monotonic()
+        due = min(direction.give(now) for direction in directions)
+        wait = max(0.0, min(due - time.monotonic(), 1.0))
+        ready, _, _ = select.select([one, other], [], [], wait)
+        for direction in directions:
+            if direction.source in ready:
+                direction.take(8 / (mbps * 1e6), one_way_ms / 1e3, queue_ms / 1e3)
+
+
+def _device(namespace: str, address: str) -> int:
+    """A TUN device in a namespace, which this process enters."""
+    library = ctypes.CDLL(None, use_errno=True)
+    handle = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if library.setns(handle, _NEW_NETWORK):
+        raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+    os.close(handle)
+    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(device, _ATTACH, struct.pack("16sH22x", b"wide0", _TUN_WITHOUT_HEADER))
+    for command in (
+        ["addr", "add", address, "dev", "wide0"],
+        ["link", "set", "wide0", "mtu", str(MTU), "txqueuelen", "2000", "up"],
+        ["link", "set", "lo", "up"],
+    ):
+        subprocess.run(["ip", *command], check=True)
+    return device
+
+
+@contextlib.contextmanager
+def wire(
+    rtt_ms: float, mbps: float, *, congestion_control: str | None = None
+) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Two namespaces with a line between them, as (name, address) each.
+
+    Args:
+        rtt_ms: round trip of an empty packet.
+        mbps: 10^6 bits per second, IP headers counted, in each direction.
+        congestion_control: of TCP at both ends, if not the machine's own.
+    """
+    names = [f"pi-{os.getpid()}-{end}" for end in ("a", "b")]
+    addresses = ["10.213.7.1", "10.213.7.2"]
+    carrier: subprocess.Popen[str] | None = None
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+            if congestion_control:
+                setting = f"net.ipv4.tcp_congestion_control={congestion_control}"
+                inside = ["ip", "netns", "exec", name]
+                subprocess.run([*inside, "sysctl", "-qw", setting], check=True)
+        arguments = [*names, *addresses, str(mbps), str(rtt_ms / 2), str(max(50.0, 2 * rtt_ms))]
+        carrier = subprocess.Popen(
+            ["chrt", "-f", "50", sys.executable, __file__, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert carrier.stdout is not None
+        if carrier.stdout.readline() != "ready\n":
+            raise RuntimeError("the line between the namespaces could not be made")
+        yield (names[0], addresses[0]), (names[1], addresses[1])
+    finally:
+        if carrier is not None:
+            carrier.terminate()
+            carrier.wait()
+            if carrier.stdout is not None:
+                carrier.stdout.close()
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def main() -> None:
+    """The carrier: NAME NAME ADDRESS ADDRESS MBPS ONE_WAY_MS QUEUE_MS."""
+    names, addresses, line = sys.argv[1:3], sys.argv[3:5], map(float, sys.argv[5:8])
+    devices = [_device(name, f"{at}/24") for name, at in zip(names, addresses, strict=True)]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print("ready", flush=True)
+    carry(devices[0], devices[1], *line)
+
+
+if __name__ == "__main__":
+    main()
