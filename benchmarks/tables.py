@@ -3,6 +3,8 @@
 python benchmarks/tables.py runs benchmarks/results/run-*.json
 python benchmarks/tables.py compare benchmarks/results/compare-*.json
 python benchmarks/tables.py growth benchmarks/results/sweep-relus.json
+python benchmarks/tables.py networks benchmarks/results/sweep-networks.json
+python benchmarks/tables.py published benchmarks/published.json
 python benchmarks/tables.py network benchmarks/results/network.json
 python benchmarks/tables.py predict benchmarks/results/predict.json
 """
@@ -20,6 +22,28 @@ import numpy as np
 from pi_system.bench.sheet import Sheet
 
 Row = tuple[str, ...]
+NETWORKS = (
+    "backend",
+    "ReLUs",
+    "network",
+    "threads",
+    "batch",
+    "online ms, median (min)",
+    "offline ms",
+    "online MB",
+    "offline MB",
+    "round trips",
+)
+PUBLISHED = (
+    "system",
+    "parties",
+    "network evaluated",
+    "link",
+    "latency",
+    "traffic",
+    "hardware",
+    "source",
+)
 NETWORK = (
     "backend",
     "model",
@@ -84,6 +108,7 @@ GROWTH = (
     "B per ReLU to client / server",
 )
 WHOLE = "(whole)"
+TABLES = ("runs", "compare", "growth", "networks", "network", "predict", "published")
 WORK = ("linear", "gates", "local", "wait")
 PARTIES = ("client", "server")
 NAMES = {
@@ -233,6 +258,29 @@ def growth_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
+def networks_row(row: Mapping[str, Any]) -> Row:
+    """The cells of one tidy row of ``pi-bench sweep``, with what tells settings apart."""
+    online = {key: float(row[f"online.latency_ms.{key}"]) for key in ("median", "min")}
+    return (
+        NAMES.get(str(row["backend"]), str(row["backend"])),
+        f"{int(row['model.relu_kept']):,}",
+        str(row["network.name"]),
+        str(row["threads_per_party"]),
+        str(row["batch_size"]),
+        _milliseconds(online),
+        f"{float(row['offline.latency_ms.median']):,.0f}",
+        f"{_bytes(row, 'online') / 1e6:,.2f}",
+        f"{_bytes(row, 'offline') / 1e6:,.2f}",
+        f"{float(row['online.round_trips']):g}",
+    )
+
+
+def published_rows(document: Mapping[str, Any]) -> list[Row]:
+    """What papers say of themselves, and of each other, as their texts have it."""
+    keys = ("system", "parties", "evaluated", "link", "latency", "traffic", "hardware", "source")
+    return [tuple(str(one[key]) for key in keys) for one in document["published"]]
+
+
 def network_row(row: Mapping[str, Any]) -> Row:
     """The cells of one row of ``network.py``; the emulation is that of the line as measured, where
     there is one."""
@@ -317,11 +365,13 @@ def _bytes(row: Mapping[str, Any], phase: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> str:
     """The table asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("table", choices=("runs", "compare", "growth", "network", "predict"))
+    parser.add_argument("table", choices=TABLES)
     parser.add_argument("files", nargs="+", type=Path)
     given = parser.parse_args(arguments)
-    if given.table == "growth":
+    if given.table in ("growth", "networks"):
         rows = [row for path in given.files for row in Sheet(path).tidy_rows()]
+        if given.table == "networks":
+            return markdown(NETWORKS, [networks_row(row) for row in rows])
         return markdown(GROWTH, [growth_row(row) for row in rows], growth_notes(rows))
     documents = [json.loads(path.read_text()) for path in given.files]
     if given.table == "compare":
@@ -330,6 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
             [row for document in documents for row in compare_rows(document)],
             [note for document in documents for note in compare_notes(document)],
         )
+    if given.table == "published":
+        return markdown(PUBLISHED, [row for d in documents for row in published_rows(d)])
     if given.table == "network":
         return markdown(NETWORK, [network_row(row) for d in documents for row in d["rows"]])
     if given.table == "predict":

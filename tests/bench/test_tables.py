@@ -79,3 +79,30 @@ def test_batches_have_no_line(tables: dict[str, Any], tmp_path: Path) -> None:
         sheet.append(growing(1000, 1000 * batch, batch, batch=batch))
     text = tables["main"](["growth", str(sheet.path)])
     assert [cells(line)[1] for line in text.splitlines()[2:]] == ["1", "2", "4"]
+
+
+def test_tables_over_networks_and_of_what_was_published(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    sheet = Sheet(tmp_path / "sweep.json")
+    sheet.append(growing(1000, 3000, 7.5, batch=4))
+    for arguments, columns in (
+        (["networks", str(sheet.path)], "NETWORKS"),
+        (["published", str(BENCHMARKS / "published.json")], "PUBLISHED"),
+        (["network", str(BENCHMARKS / "results" / "network.json")], "NETWORK"),
+    ):
+        head, rule, *rows = tables["main"](arguments).splitlines()
+        assert rows
+        assert {len(cells(line)) for line in (head, rule, *rows)} == {len(tables[columns])}
+    row = cells(tables["main"](["networks", str(sheet.path)]).splitlines()[2])
+    assert row[:6] == ["fss", "1,000", "loopback", "1", "4", "7.5 (7.5)"]
+
+
+def test_predictions_stand_beside_measurements(tables: dict[str, Any]) -> None:
+    text = tables["main"](["predict", str(BENCHMARKS / "results" / "predict.json")])
+    rows = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows} == {len(tables["PREDICT"])}
+    assert {row[-1] for row in rows[2:]} == {"exact"}
+    # Over wide-area networks little of a latency is fitted.
+    wide = [row for row in rows[2:] if row[1] in ("wan", "80:20")]
+    assert wide and all(abs(float(row[4].strip("%"))) < 10 for row in wide)
