@@ -27,7 +27,7 @@ REFUSED, LOST = 6, 5
 
 def dealer(listening: socket.socket) -> None:
     settings = ServingSettings(FssBackend(), "fss", timeouts=TIMEOUTS)
-    Dealer(Listener.adopt(listening.detach()), settings).serve_forever(lambda line: None)
+    Dealer(Listener.adopt(listening.detach()), settings).host().serve_forever()
 
 
 def server(listening: socket.socket, dealer_port: int, model: str, directory: str) -> None:
