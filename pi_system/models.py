@@ -26,7 +26,8 @@ from .graph.ir import Array, Graph, Node
 RANDOM_CLASSES: Final = 100
 RANDOM_INPUT: Final = (3, 32, 32)
 BAD_NPY: Final = (
-    ValueError, EOFError, MemoryError, RecursionError, SyntaxError, tokenize.TokenError,
+    ValueError, EOFError, MemoryError, RecursionError, SyntaxError, TypeError,
+    tokenize.TokenError,
 )  # fmt: skip
 """What NumPy may raise for a file that is no whole ``.npy``."""
 _SEED: Final = 20230501

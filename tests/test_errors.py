@@ -46,7 +46,13 @@ def test_settings_that_are_no_text_are_a_usage_error(tmp_path: Path, data: bytes
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(b"), }", b",  }"), (b"'descr'", b"(descr'"), (b"4, 4", b"[[[["), (b"'<f4'", b"',f4'")],
+    [
+        (b"), }", b",  }"),
+        (b"'descr'", b"(descr'"),
+        (b"4, 4", b"[[[["),
+        (b"'<f4'", b"',f4'"),
+        (b" 'fortran_order'", b"B'fortran_order'"),
+    ],
 )
 def test_an_image_file_with_a_broken_header_is_refused(
     tmp_path: Path, old: bytes, new: bytes
@@ -60,5 +66,7 @@ def test_an_image_file_with_a_broken_header_is_refused(
         images.read_images(io.BytesIO(broken), name="images")
     path = tmp_path / "images.npy"
     path.write_bytes(broken)
+    with pytest.raises(IntegrityError, match="not a whole"):
+        images.read_labels(path, 1)
     with pytest.raises(UsageError, match=r"not a \.npy file"):
         models.read_images(path, Graph((Node("image", "input", (), (4, 4, 4)),), {}))

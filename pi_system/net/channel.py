@@ -24,10 +24,11 @@ import os
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,7 @@ _LOOK_UP: Final = 0.2
 """Seconds between two calls of :attr:`Channel.while_silent`."""
 _OTHERS: Final = 2e-5
 """Seconds of a yield after which somebody else must have had the processor."""
+_busy: Final = threading.Lock()
 _WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -82,6 +84,9 @@ class Channel:
 
     With ``link``, an emulated network lies between the two (see :mod:`.link`); both ends say so.
     """
+
+    _spinning: ClassVar = 0
+    """Channels of this process within :meth:`spinning`."""
 
     def __init__(
         self,
@@ -153,13 +158,18 @@ class Channel:
         Being woken costs more than most answers of a peer that computes at the same time take
         to come. A processor without other work is kept busy by this, one with other work is
         yielded at every turn, and where another process takes it the wait goes on asleep: two
-        parties that ask in turns on one processor would never be moved apart.
+        parties that ask in turns on one processor would never be moved apart. Of several threads
+        of one process nobody asks: each would keep the interpreter from those that compute.
         """
         before, self.spin = self.spin, seconds
+        with _busy:
+            Channel._spinning += 1
         try:
             yield
         finally:
             self.spin = before
+            with _busy:
+                Channel._spinning -= 1
 
     @contextlib.contextmanager
     def reading_ahead(self, limit: int) -> Iterator[None]:
@@ -288,7 +298,7 @@ class Channel:
                     deadline.progress()
                 elif not reading and self._read_ahead():
                     continue
-                elif alone and deadline.silence() < self.spin and deadline.left() > 0:
+                elif alone and self._may_spin(deadline):
                     alone = _yield_processor()
                 else:
                     self._wait(reading, bool(pending), deadline)
@@ -351,6 +361,9 @@ class Channel:
             else:
                 incoming.advance(count)
         return True
+
+    def _may_spin(self, deadline: Deadline) -> bool:
+        return Channel._spinning == 1 and deadline.silence() < self.spin and deadline.left() > 0
 
     def _read_ahead(self) -> bool:
         """Take in what has come, if there is room; whether anything has."""

@@ -70,7 +70,7 @@ def read_labels(path: Path, count: int) -> npt.NDArray[np.int64]:
         labels = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, EOFError) as error:
+    except models.BAD_NPY as error:
         raise IntegrityError(f"{path} is not a whole .npy file: {error}") from error
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
         raise UsageError(f"{path} holds no integers")

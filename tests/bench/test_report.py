@@ -276,6 +276,17 @@ def test_charts_of_nothing_much(log: bool) -> None:
     assert charts.svg(flat, "k").endswith("</svg>\n")
 
 
+@pytest.mark.parametrize("greatest", [1.5, 6.0, 70.0, 5000.0])
+def test_ticks_are_plain_numbers(greatest: float) -> None:
+    values = [4.4, 4.4 * greatest]
+    one = charts.Lines("t", "x", "y", (charts.Line("a", values, values),), log_x=True, log_y=True)
+    bars = charts.Bars("t", "x", ("a", "b"), (("k", tuple(values)),), log=True)
+    for chart in (one, bars):
+        text = Elements(charts.svg(chart, "k")).text
+        assert "mathdefault" not in text and "$" not in text
+        assert sum(part.strip("kM.").replace(".", "").isdigit() for part in text.split()) >= 2
+
+
 # --- in a browser ---
 
 

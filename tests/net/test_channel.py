@@ -19,6 +19,7 @@ from numpy.testing import assert_array_equal
 
 from pi_system.errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
 from pi_system.net.channel import Channel, Listener, PeerClosed, channel_pair, connect
+from pi_system.net.framing import Deadline
 
 
 @pytest.fixture
@@ -262,6 +263,18 @@ def test_a_spinning_receive_keeps_the_time_limit_and_gives_the_processor_back() 
             channel.recv()
         assert time.thread_time() - burnt < 0.2
         assert channel.spin == 0
+
+
+def test_of_several_threads_of_a_process_nobody_spins() -> None:
+    first, second = channel_pair(timeout=0.3)
+    with first, second, first.spinning(60.0):
+        assert first._may_spin(Deadline(1.0))
+        with second.spinning(60.0):
+            started = time.thread_time()
+            with pytest.raises(PeerTimeout):
+                first.recv()
+            assert time.thread_time() - started < 0.1
+        assert first._may_spin(Deadline(1.0))
 
 
 def test_a_spinning_receive_sleeps_where_others_want_the_processor(

@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLOURS: Final = (
     "#0b6fb8", "#d1560b", "#0c8f6b", "#b5479a", "#b98200", "#5b5fc7", "#8a5a44", "#a7b0b9",
@@ -33,6 +34,8 @@ _MARKERS: Final = "osD^vPX*"
 _WIDTH: Final = 4.7
 _LABEL: Final = 30
 _TICKS: Final = 7
+_LOG: Final = 5
+"""Less than this between the least and the greatest value is drawn on a linear scale."""
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 9,
     "svg.fonttype": "none",
@@ -167,12 +170,16 @@ def _lines(chart: Lines, ink: str, colours: Sequence[str]) -> Figure:
             short(name), (0, level), (2, 3), xycoords=("axes fraction", "data"),
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
-    if chart.log_y:
+    values = [y for line in chart.lines for y in line.y]
+    log_y = chart.log_y and min(values) > 0 and max(values) >= _LOG * min(values)
+    if log_y:
         axes.set_yscale("log")
+        _log_ticks(axes.yaxis)
     else:
         axes.margins(y=0.1)
     if chart.log_x:
         axes.set_xscale("log")
+        _log_ticks(axes.xaxis)
         ticks = sorted({x for line in chart.lines for x in line.x})
         if len(ticks) <= _TICKS:
             axes.set_xticks(ticks)
@@ -206,6 +213,7 @@ def _bars(chart: Bars, colours: Sequence[str]) -> Figure:
     axes.tick_params(axis="y", length=0)
     if chart.log:
         axes.set_xscale("log")
+        _log_ticks(axes.xaxis)
     else:
         axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
@@ -214,6 +222,12 @@ def _bars(chart: Bars, colours: Sequence[str]) -> Figure:
     if len(chart.stacks) > 1:
         _legend(figure, axes)
     return figure
+
+
+def _log_ticks(axis: Axis) -> None:
+    """Marked at 1, 2 and 5 of each decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
