@@ -330,7 +330,7 @@ def model_at(folder: Path) -> tuple[Path, np.ndarray[Any, Any]]:
 
 def matrix(
     folder: Path, rows: Path | None, *, tls: bool, store: bool, backend: str, workers: int,
-    every: int, limit: float,
+    every: int, limit: float, kinds: tuple[str, ...] = KINDS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the cells that ``rows`` does not hold yet."""
     model, truth = model_at(folder)
@@ -345,7 +345,9 @@ def matrix(
             reference
         )
         seen[name] = reference["seen"]
-    todo = cells(seen["plain"], seen["tls"], tls=tls)[::every]
+    todo = [
+        cell for cell in cells(seen["plain"], seen["tls"], tls=tls) if cell[0].kind in kinds
+    ][::every]  # fmt: skip
     name = f"{'tls' if tls else 'plain'}, {'stores' if store else 'no stores'}"
     done = (
         [json.loads(line) for line in rows.read_text().splitlines()]
@@ -432,18 +434,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 @click.option("--output", type=click.Path(path_type=Path), help="Writes OUTPUT.json and OUTPUT.md.")
 @click.option("--plain", is_flag=True, help="Without TLS, where a flipped bit can go unnoticed.")
 @click.option("--no-store", is_flag=True, help="Material in memory only.")
+@click.option(
+    "--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS,
+    help="Only these faults.",
+)  # fmt: skip
 @click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Of the cells.")
 @click.option("--workers", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--seconds", type=float, default=86_400.0, help="Start no cell after so long.")
 def main(
-    backend: str, rows: Path | None, output: Path | None, plain: bool, no_store: bool, every: int,
-    workers: int, seconds: float,
+    backend: str, rows: Path | None, output: Path | None, plain: bool, no_store: bool,
+    kinds: tuple[str, ...], every: int, workers: int, seconds: float,
 ) -> None:  # fmt: skip
     """Break every message of a session in every way, and print what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         done = matrix(
             Path(folder), rows, tls=not plain, store=not no_store, backend=backend,
-            workers=workers, every=every, limit=seconds,
+            workers=workers, every=every, limit=seconds, kinds=kinds,
         )  # fmt: skip
     text = table(done)
     print(text)
