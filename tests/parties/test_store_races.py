@@ -50,7 +50,8 @@ def test_threads_that_claim_from_one_pair_never_get_one_item_twice(
         got: list[int] = []
         start = threading.Barrier(6)
 
-        def race(session: int) -> None:
+        def race(number: int) -> None:
+            session = 1 + number % 3
             start.wait()
             while True:
                 entry = store.ledger.get(first.pair)
@@ -66,9 +67,9 @@ def test_threads_that_claim_from_one_pair_never_get_one_item_twice(
                         assert mine.load(inference) == b"%d" % inference
                         got.append(inference)
                 except RefusedError:
-                    continue  # another session claimed in between
+                    time.sleep(0.002 * number)  # taken over by another, which is to get on
 
-        threads = [threading.Thread(target=race, args=(1 + n % 3,)) for n in range(6)]
+        threads = [threading.Thread(target=race, args=(n,)) for n in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
