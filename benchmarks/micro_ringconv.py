@@ -130,11 +130,13 @@ def main() -> None:
     parser.add_argument("--instructions", choices=ringconv.INSTRUCTION_SETS)
     parser.add_argument("--no-winograd", action="store_true")
     parser.add_argument("--force", choices=ringconv.ALGORITHMS, help="where it can be had")
-    parser.add_argument("--library", type=Path, help="instead of the installed extension")
+    parser.add_argument(
+        "--library", dest="kernels", type=Path, help="instead of the installed extension"
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    kernels = None if args.library is None else ringconv.load(args.library)
+    kernels = None if args.kernels is None else ringconv.load(args.kernels)
     layers = resnet18()
     begin = time.perf_counter()
     steps, chosen, held = ring_steps(

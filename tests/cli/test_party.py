@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,26 +19,6 @@ from pi_system.net.channel import Listener, connect
 
 Start = Callable[..., subprocess.Popen[str]]
 PARTY = [sys.executable, "-m", "pi_system.cli.party"]
-
-
-@pytest.fixture
-def start(parties: Callable[[], dict[str, int]]) -> Iterator[Start]:
-    """Start a party; whatever still runs at the end is killed."""
-    with contextlib.ExitStack() as stack:
-
-        def begin(*arguments: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [*PARTY, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(process.communicate)
-            stack.callback(process.kill)
-            return process
-
-        yield begin
 
 
 def address(process: subprocess.Popen[str]) -> str:

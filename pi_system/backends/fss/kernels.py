@@ -151,34 +151,34 @@ def _length(share: Share, gates: slice) -> int:
 class Native:
     """The C functions on arrays. Sizes are checked here; C trusts them."""
 
-    def __init__(self, library: ctypes.CDLL, level: str) -> None:
+    def __init__(self, code: ctypes.CDLL, level: str) -> None:
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
+            function = getattr(code, name)
             function.restype, function.argtypes = result, arguments
-        self.library = library
+        self.code = code
         self._mask = _LEVELS[level]
         self.instructions = _INSTRUCTIONS[level]
         self.features = self.select()
         self.has_aes = bool(self.features & AES)
         if self.has_aes:
             for name, (result, arguments) in _AES_SIGNATURES.items():
-                function = getattr(library, name)
+                function = getattr(code, name)
                 function.restype, function.argtypes = result, arguments
 
     def select(self) -> int:
         """Make these kernels the ones in force in the library."""
-        return int(self.library.fss_select(self._mask))
+        return int(self.code.fss_select(self._mask))
 
     def pack(self, values: Words, width: int) -> bytes:
         out = np.empty((len(values) * width + 7) // 8, np.uint8)
-        self.library.fss_pack(_at(values), len(values), width, _at(out))
+        self.code.fss_pack(_at(values), len(values), width, _at(out))
         return out.tobytes()
 
     def unpack(self, data: bytes | memoryview, count: int, width: int) -> Words:
         raw = np.frombuffer(data, np.uint8)
         assert len(raw) == (count * width + 7) // 8
         out = np.empty(count, np.uint64)
-        self.library.fss_unpack(_at(raw), len(raw), count, width, _at(out))
+        self.code.fss_unpack(_at(raw), len(raw), count, width, _at(out))
         return out
 
     def relu_combine(
@@ -187,7 +187,7 @@ class Native:
         count = len(opened)
         assert signs.shape == (count,) and values.shape == (5, count)
         out = np.empty(count, np.uint64)
-        self.library.fss_relu_combine(
+        self.code.fss_relu_combine(
             _at(opened), _at(signs), _at(values), count, k, lift, server, _at(out)
         )
         return out
@@ -199,7 +199,7 @@ class Native:
         assert root.shape == (count, 2)
         assert corrections.shape == (max(bits - 7, 0) + 1, count, 2) and bits < 64
         out = np.empty((count + 7) // 8, np.uint8)
-        self.library.fss_dpf_evaluate(
+        self.code.fss_dpf_evaluate(
             _at(root), _at(corrections), _at(x), count, bits, tree, leaf, _at(out)
         )
         return self.unpack(out.data, count, 1)
@@ -211,7 +211,7 @@ class Native:
         assert delta.shape == (share.count,)
         assert (source if index is None else index).size == share.count
         opened = np.empty((count * share.width.k + 7) // 8, np.uint8)
-        self.library.fss_gate_open(
+        self.code.fss_gate_open(
             _material(share), gates.start, count, _at(source),
             None if index is None else _at(index), _at(delta), _at(opened),
         )  # fmt: skip
@@ -221,7 +221,7 @@ class Native:
         count = _length(share, gates)
         assert opened.size == (count * share.width.k + 7) // 8
         bits = np.empty((count + 7) // 8, np.uint8)
-        self.library.fss_gate_sign(_material(share), gates.start, count, _at(opened), _at(bits))
+        self.code.fss_gate_sign(_material(share), gates.start, count, _at(opened), _at(bits))
         return bits
 
     def gate_answer(
@@ -231,7 +231,7 @@ class Native:
         assert opened.size == (count * share.width.k + 7) // 8
         assert mine.size == theirs.size == (count + 7) // 8 and mask.shape == (share.count,)
         masked = np.empty((count * share.width.n + 7) // 8, np.uint8)
-        self.library.fss_gate_answer(
+        self.code.fss_gate_answer(
             _material(share), gates.start, count,
             _at(opened), _at(mine), _at(theirs), _at(mask), _at(masked),
         )  # fmt: skip
@@ -253,7 +253,7 @@ class Native:
         assert mine.size == theirs.size == (count + 7) // 8
         assert masked.size == (count * share.width.n + 7) // 8
         assert (target if index is None else index).size == share.count
-        self.library.fss_gate_close(
+        self.code.fss_gate_close(
             _material(share), gates.start, count,
             _at(opened), _at(mine), _at(theirs), _at(masked),
             None if index is None else _at(index), _at(target),
@@ -265,7 +265,7 @@ class Native:
         count = len(alpha)
         assert root.shape == delta.shape == (count, 2) and bits < 64
         out = np.empty((max(bits - 7, 0) + 1, count, 2), np.uint64)
-        self.library.fss_dpf_generate(
+        self.code.fss_dpf_generate(
             _at(alpha), count, bits, _at(root), _at(delta), tree, leaf, _at(out)
         )
         return out

@@ -73,7 +73,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def installed() -> ctypes.CDLL | None:
     """The kernels of the installed extension; None where it was not built."""
     package = __spec__.name.rpartition(".")[0]
     spec = PathFinder.find_spec(f"{package}._native", [str(Path(__file__).parent)])
@@ -87,7 +87,7 @@ def library() -> ctypes.CDLL | None:
 
 def features() -> str:
     """The instruction set in use, for ``pi-bench env``: one of INSTRUCTION_SETS, or "numpy"."""
-    found = library()
+    found = installed()
     return "numpy" if found is None else str(found.pi_ringconv_features().decode())
 
 
@@ -199,7 +199,7 @@ def prepare(
     Raises:
         ValueError: shapes that do not fit together, or an output without pixels.
     """
-    kernels = kernels or library()
+    kernels = kernels or installed()
     if kernels is None:
         return None
     out, group_in, kh, kw = weight.shape

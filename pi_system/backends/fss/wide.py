@@ -82,7 +82,7 @@ class WideConv:
         if native is None:
             weight = from_panels(op, self._words())
             return RingConv(op, self._source, weight, self._n)(x, add)
-        library = _library(native.library)
+        library = _library(native.code)
         isa = None if native.instructions is None else native.instructions.encode()
         key = words = None
         if isinstance(self._weight, KeyStream) and library.pi_wide_expands(isa):

@@ -41,7 +41,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         flags = ["-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, "-o", target, *sources], check=True)
         return ringconv.load(target)
-    found = ringconv.library()
+    found = ringconv.installed()
     if found is None:
         pytest.skip("neither a compiler nor the extension")
     return found
@@ -423,7 +423,7 @@ def test_threads_share_a_kernel(kernels: ctypes.CDLL) -> None:
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ringconv, "library", lambda: None)
+    monkeypatch.setattr(ringconv, "installed", lambda: None)
     assert ringconv.features() == "numpy"
     weight = np.ones((1, 1, 1, 1), np.int64)
     assert ringconv.prepare(weight=weight, input_shape=(1, 1, 1), n=64) is None
