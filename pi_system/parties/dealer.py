@@ -54,15 +54,7 @@ class Dealer:
         """For many pairs at once; :meth:`Host.serve_forever` runs it."""
 
         def welcome(sock: socket.socket) -> Channel:
-            return self._listener.welcome(
-                sock,
-                peer="party",
-                meter=Meter(log=self._settings.log_frames),
-                timeout=self._settings.timeouts.hello,
-                link=self._settings.link,
-                identity=self._settings.identity,
-                roles=("server", "client"),
-            )
+            return self._settings.welcome(sock, "party", "server", "client")
 
         def tend() -> None:
             for late, error in self._late():
@@ -85,15 +77,8 @@ class Dealer:
                 late.channel.abort(error)
                 raise error
             try:
-                channel = self._listener.accept(
-                    wait=self._patience(),
-                    peer="party",
-                    meter=Meter(log=self._settings.log_frames),
-                    timeout=self._settings.timeouts.hello,
-                    link=self._settings.link,
-                    identity=self._settings.identity,
-                    roles=("server", "client"),
-                )
+                sock = self._listener.take(self._patience(), peer="party")
+                channel = self._settings.welcome(sock, "party", "server", "client")
             except PeerTimeout:
                 continue
             try:

@@ -46,15 +46,7 @@ def host(listener: Listener, settings: ServerSettings, journal: Journal) -> Host
     """A server of many clients at once; :meth:`Host.serve_forever` runs it."""
 
     def welcome(sock: socket.socket) -> Channel:
-        return listener.welcome(
-            sock,
-            peer="client",
-            meter=Meter(log=settings.log_frames),
-            timeout=settings.timeouts.hello,
-            link=settings.link,
-            identity=settings.identity,
-            roles=("client",),
-        )
+        return settings.welcome(sock, "client", "client")
 
     def serve(client: Channel) -> None:
         with contextlib.suppress(Exception):  # written in the journal
@@ -72,14 +64,7 @@ def serve_once(
     Raises:
         PiError: the session failed; the client and dealer have been told why.
     """
-    client = listener.accept(
-        peer="client",
-        meter=Meter(log=settings.log_frames),
-        timeout=settings.timeouts.hello,
-        link=settings.link,
-        identity=settings.identity,
-        roles=("client",),
-    )
+    client = settings.welcome(listener.take(None, peer="client"), "client", "client")
     _Session(client, settings, journal or Journal("server"), None).run()
     return client.meter
 

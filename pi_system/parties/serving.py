@@ -26,6 +26,7 @@ from ..backends.base import Backend
 from ..errors import BusyError, PeerError, PiError
 from ..net.channel import Channel, Listener
 from ..net.link import Link
+from ..net.meter import Meter
 from ..net.tls import Identity
 from .admission import STOPPING, Admission, Limits
 from .journal import Journal
@@ -68,6 +69,22 @@ class ServingSettings:
     drain: float = 30.0
     quota: int | None = None
     ahead: int = 0
+
+    def welcome(self, sock: socket.socket, peer: str, *roles: str) -> Channel:
+        """A channel of an accepted connection from one of ``roles``; may wait for its TLS.
+
+        Raises:
+            RefusedError, PeerError: TLS failed.
+        """
+        return Listener.welcome(
+            sock,
+            peer=peer,
+            meter=Meter(log=self.log_frames),
+            timeout=self.timeouts.hello,
+            link=self.link,
+            identity=self.identity,
+            roles=roles,
+        )
 
 
 class Host:
