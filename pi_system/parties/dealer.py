@@ -54,7 +54,7 @@ class Dealer:
         """For many pairs at once; :meth:`Host.serve_forever` runs it."""
 
         def welcome(sock: socket.socket) -> Channel:
-            return self._settings.welcome(sock, "party", "server", "client")
+            return self._listener.welcome(sock, **self._settings.terms("party", "server", "client"))
 
         def tend() -> None:
             for late, error in self._late():
@@ -77,8 +77,9 @@ class Dealer:
                 late.channel.abort(error)
                 raise error
             try:
-                sock = self._listener.take(self._patience(), peer="party")
-                channel = self._settings.welcome(sock, "party", "server", "client")
+                channel = self._listener.accept(
+                    wait=self._patience(), **self._settings.terms("party", "server", "client")
+                )
             except PeerTimeout:
                 continue
             try:

@@ -46,7 +46,7 @@ def host(listener: Listener, settings: ServerSettings, journal: Journal) -> Host
     """A server of many clients at once; :meth:`Host.serve_forever` runs it."""
 
     def welcome(sock: socket.socket) -> Channel:
-        return settings.welcome(sock, "client", "client")
+        return listener.welcome(sock, **settings.terms("client", "client"))
 
     def serve(client: Channel) -> None:
         with contextlib.suppress(Exception):  # written in the journal
@@ -64,7 +64,7 @@ def serve_once(
     Raises:
         PiError: the session failed; the client and dealer have been told why.
     """
-    client = settings.welcome(listener.take(None, peer="client"), "client", "client")
+    client = listener.accept(**settings.terms("client", "client"))
     _Session(client, settings, journal or Journal("server"), None).run()
     return client.meter
 

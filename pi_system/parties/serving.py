@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from ..backends.base import Backend
 from ..errors import BusyError, PeerError, PiError
@@ -70,21 +70,16 @@ class ServingSettings:
     quota: int | None = None
     ahead: int = 0
 
-    def welcome(self, sock: socket.socket, peer: str, *roles: str) -> Channel:
-        """A channel of an accepted connection from one of ``roles``; may wait for its TLS.
-
-        Raises:
-            RefusedError, PeerError: TLS failed.
-        """
-        return Listener.welcome(
-            sock,
-            peer=peer,
-            meter=Meter(log=self.log_frames),
-            timeout=self.timeouts.hello,
-            link=self.link,
-            identity=self.identity,
-            roles=roles,
-        )
+    def terms(self, peer: str, *roles: str) -> dict[str, Any]:
+        """Arguments of :meth:`Listener.accept` and ``welcome`` for a connection of ``roles``."""
+        return {
+            "peer": peer,
+            "meter": Meter(log=self.log_frames),
+            "timeout": self.timeouts.hello,
+            "link": self.link,
+            "identity": self.identity,
+            "roles": roles,
+        }
 
 
 class Host:
