@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from numpy.testing import assert_allclose
 
-from pi_system.errors import BusyError
+from pi_system.errors import BusyError, PiError
 from pi_system.net.tap import Tape
 from pi_system.parties.client import Client
 from pi_system.parties.quota import HOUR, Quota
@@ -75,6 +75,28 @@ def test_a_dealer_refuses_what_is_over_the_quota_in_a_later_session_too(
     code, events = made.dealer.stop()
     assert code == 0
     assert sum(event["count"] for event in events if event["event"] == "request") == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "why"),
+    [(-9, "material of -9 inferences"), (0, "material of 0"), (True, "no request for material")],
+)
+def test_a_request_for_no_number_of_inferences_is_refused_and_earns_nothing(
+    deploy: Callable[..., Any], count: int, why: str
+) -> None:
+    made = deploy(backend="fss", dealer=("--quota", "3"))
+    refused = pytest.raises(PiError, match=why)
+    with refused, Client(made.client()) as client:
+        client.setup()
+        session: Any = client._session
+        dealer = client._channels["dealer"]
+        dealer.send_json({"count": count, "first": 0, "digest": session._ready().digest})
+        dealer.recv()
+    busy = pytest.raises(BusyError, match="4 inferences is over the quota: 3 of 3 an hour are")
+    with busy, Client(made.client()) as client:
+        client.setup()
+        client.offline(4)
+    assert made.dealer.stop()[0] == 0
 
 
 def test_material_made_ahead_gives_the_same_answers_and_no_seed_twice(

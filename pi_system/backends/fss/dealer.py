@@ -67,12 +67,13 @@ class Dealer:
     def _serve(self, public: Public, blinded: dict[str, Product], ahead: Ahead) -> None:
         """One offline phase."""
         request = self._client.recv_json()
-        if not isinstance(request, dict) or not isinstance(request.get("count"), int):
+        count = request.get("count") if isinstance(request, dict) else None
+        if type(count) is not int:
             raise ProtocolError("the client sent no request for material")
         agree(request.get("digest"), public, "client")
-        self._options.grant(request["count"])
+        self._options.grant(count)
         with self._server.meter.in_phase("offline"):
-            for _ in range(min(request["count"], MAX_COUNT)):
+            for _ in range(min(count, MAX_COUNT)):
                 head = self._client.recv(8 + prg.SEED_BYTES)
                 if len(head) != 8 + prg.SEED_BYTES:
                     raise ProtocolError("the client sent no seed")

@@ -62,7 +62,7 @@ def meet_server(store: Store | None, public: Public, server: Channel) -> Stock[C
         RefusedError: the server's store and this one do not belong together any more.
     """
     offer = server.recv_json()
-    if not isinstance(offer, dict) or not isinstance(offer.get("limit"), int):
+    if not isinstance(offer, dict) or type(offer.get("limit")) is not int:
         raise ProtocolError("the server said nothing of its store")
     peer = offer.get("store") or ""
     if peer and not is_name(peer):
