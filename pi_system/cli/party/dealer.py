@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,24 +30,7 @@ def dealer(
     listen: str,
     quota: int | None,
     ahead: int,
-    once: bool,
-    stats: str | None,
-    sessions: int,
-    queue: int,
-    per_client: int,
-    drain: float,
-    idle_timeout: float,
-    metrics: str | None,
-    log: str | None,
-    backend: str,
-    device: str,
-    threads: int,
-    timeout: float,
-    prepare_timeout: float,
-    network: str,
-    exit_with_parent: bool,
-    certs: Path | None,
-    insecure: bool,
+    **shared: Any,
 ) -> None:
     """Hand out correlated randomness to pairs of a server and a client.
 
@@ -57,33 +40,23 @@ def dealer(
     Example:
       pi-party dealer --listen 10.0.0.9:7001 --certs certs
     """
-    options.prepare(threads, exit_with_parent)
-    if quota is not None and backend == "crypten":
+    given = options.Serving(**shared)
+    options.prepare(given.threads, given.exit_with_parent)
+    if quota is not None and given.backend == "crypten":
         raise click.UsageError("The crypten backend's dealer counts no inferences: no --quota.")
     with options.listener(listen) as listener:
-        identity = options.identity("dealer", certs, insecure, listener.host)
+        identity = options.identity("dealer", given.certs, given.insecure, listener.host)
         from ...backends import base
-        from ...net.link import parse
         from ...parties import dealer as party
         from ...parties.serving import ServingSettings
 
         settings = ServingSettings(
-            backend=base.get(backend),
-            backend_name=backend,
-            device=device,
-            threads=threads,
-            timeouts=options.timeouts(timeout, prepare_timeout, idle_timeout),
-            link=parse(network),
-            log_frames=stats is not None,
-            limits=options.limits(sessions, queue, per_client, timeout),
-            drain=drain,
-            quota=quota,
-            ahead=ahead,
-            identity=identity,
+            **given.settings(identity, base.get(given.backend)), quota=quota, ahead=ahead
         )
-        serving = party.Dealer(listener, settings, options.journal("dealer", log, once))
-        if not once:
-            options.serve(serving.host(), listener, metrics, settings.backend)
+        journal = options.journal("dealer", given.log, given.once)
+        serving = party.Dealer(listener, settings, journal)
+        if not given.once:
+            options.serve(serving.host(), listener, given.metrics, settings.backend)
             return
         options.ready(listener)
-        options.write_stats(stats, "dealer", serving.serve_once().to_json())
+        options.write_stats(given.stats, "dealer", serving.serve_once().to_json())

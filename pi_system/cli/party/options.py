@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ...net.channel import Listener
     from ...net.tls import Identity
     from ...parties.address import Address
-    from ...parties.admission import Limits
     from ...parties.journal import Format, Journal
     from ...parties.serving import Host
     from ...parties.timeouts import Timeouts
@@ -238,6 +238,50 @@ def serving(function: F) -> F:
     return function
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What :func:`serving`, :func:`party` and :func:`secure` gave a listening role."""
+
+    once: bool
+    stats: str | None
+    sessions: int
+    queue: int
+    per_client: int
+    drain: float
+    idle_timeout: float
+    metrics: str | None
+    log: str | None
+    backend: str
+    device: str
+    threads: int
+    timeout: float
+    prepare_timeout: float
+    network: str
+    exit_with_parent: bool
+    certs: Path | None
+    insecure: bool
+
+    def settings(self, identity: Identity | None, backend: Backend) -> dict[str, Any]:
+        """Arguments of :class:`~pi_system.parties.serving.ServingSettings`."""
+        from ...net.link import parse
+        from ...parties.admission import Limits
+
+        return {
+            "backend": backend,
+            "backend_name": self.backend,
+            "device": self.device,
+            "threads": self.threads,
+            "timeouts": timeouts(self.timeout, self.prepare_timeout, self.idle_timeout),
+            "link": parse(self.network),
+            "log_frames": self.stats is not None,
+            "limits": Limits(
+                self.sessions, self.queue, self.per_client, patience=0.3 * self.timeout
+            ),
+            "drain": self.drain,
+            "identity": identity,
+        }
+
+
 def prepare(threads: int, exit_with_parent: bool) -> None:
     """Before numpy and torch are imported: threads, and the watch on the launcher."""
     from ...parties.process import thread_environment
@@ -289,13 +333,6 @@ def journal(role: str, format_: str | None, once: bool) -> Journal:
         made.add(printer(chosen))
         made.take_warnings()
     return made
-
-
-def limits(sessions: int, queue: int, per_client: int, timeout: float) -> Limits:
-    """How much a listening party takes on."""
-    from ...parties.admission import Limits
-
-    return Limits(sessions, queue, per_client, patience=0.3 * timeout)
 
 
 def serve(host: Host, listener: Listener, metrics: str | None, backend: Backend) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,24 +33,7 @@ def server(
     plan: str,
     store: Path | None,
     store_limit: int | None,
-    once: bool,
-    stats: str | None,
-    sessions: int,
-    queue: int,
-    per_client: int,
-    drain: float,
-    idle_timeout: float,
-    metrics: str | None,
-    log: str | None,
-    backend: str,
-    device: str,
-    threads: int,
-    timeout: float,
-    prepare_timeout: float,
-    network: str,
-    exit_with_parent: bool,
-    certs: Path | None,
-    insecure: bool,
+    **shared: Any,
 ) -> None:
     """Own the model and serve clients, several at once.
 
@@ -59,18 +43,20 @@ def server(
     Example:
       pi-party server --model demo --listen 10.0.0.5:7000 --dealer 10.0.0.9:7001 --certs certs
     """
-    options.prepare(threads, exit_with_parent)
-    from ...net.link import parse
+    given = options.Serving(**shared)
+    options.prepare(given.threads, given.exit_with_parent)
     from ...parties.address import parse_address
 
     dealer_at = parse_address(dealer)
     with options.listener(listen) as listener:
-        identity = options.identity("server", certs, insecure, listener.host, dealer_at.host)
+        identity = options.identity(
+            "server", given.certs, given.insecure, listener.host, dealer_at.host
+        )
         from ...backends import base
         from ...models import resolve
         from ...parties import server as party
 
-        implementation = base.get(backend)
+        implementation = base.get(given.backend)
         if store is not None:
             base.open_store(implementation, store, "server", store_limit)
         graph = resolve(model)
@@ -80,23 +66,13 @@ def server(
             dealer=dealer_at,
             plan=plan,
             keeps=store is not None,
-            backend=implementation,
-            backend_name=backend,
-            device=device,
-            threads=threads,
-            timeouts=options.timeouts(timeout, prepare_timeout, idle_timeout),
-            link=parse(network),
-            log_frames=stats is not None,
-            limits=options.limits(sessions, queue, per_client, timeout),
-            drain=drain,
-            identity=identity,
+            **given.settings(identity, implementation),
         )
-        journal = options.journal("server", log, once)
-        if not once:
-            options.serve(
-                party.host(listener, settings, journal), listener, metrics, implementation
-            )
+        journal = options.journal("server", given.log, given.once)
+        if not given.once:
+            host = party.host(listener, settings, journal)
+            options.serve(host, listener, given.metrics, implementation)
             return
         options.ready(listener)
         meter = party.serve_once(listener, settings, journal)
-        options.write_stats(stats, "server", meter.to_json())
+        options.write_stats(given.stats, "server", meter.to_json())
