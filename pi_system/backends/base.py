@@ -3,7 +3,7 @@
 A session is driven from the client: ``setup`` once, then ``offline(count)`` to have one-time
 material for ``count`` inferences in memory, then ``online`` once per inference. The server's
 methods are called when the client's are (``parties`` carries the commands); the dealer serves
-until both channels close.
+until they end the session.
 
 A :class:`Keeping` backend can hold material on disk: ``prepare(count)`` lays it in, and
 ``offline``, in this or a later session, takes from it first. A session on stock needs no dealer,
@@ -67,7 +67,7 @@ class ClientSession(Protocol):
 
 class DealerSession(Protocol):
     def run(self) -> None:
-        """Serve until both channels are closed."""
+        """Serve until a party ends the session."""
         ...
 
 

@@ -202,8 +202,6 @@ class Client:
 
     def close(self) -> None:
         """End the session in an orderly way."""
-        with contextlib.suppress(PiError):
-            commands.send(self._server, Command("close"))
         self._stack.close()
 
     def __enter__(self) -> Self:

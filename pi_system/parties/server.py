@@ -140,14 +140,12 @@ class _Session:
             client.while_silent = None if self._host is None else self._host.end_when_idle
             try:
                 verb, number = commands.receive(client)
-            except PeerClosed as error:
-                raise PeerClosed("the client has gone without ending the session") from error
+            except PeerClosed:
+                return
             client.while_silent = None
             needs = verb in ("prepare", "offline", "online")
             if (verb == "setup" and ready) or (needs and not ready):
                 raise ProtocolError(f"the client asked for {verb} at the wrong time")
-            if verb == "close":
-                return
             with self._request(verb, number):
                 self._carry_out(session, verb, number)
             ready = ready or verb == "setup"

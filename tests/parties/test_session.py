@@ -244,7 +244,7 @@ def test_a_silent_peer_ends_the_session_in_time(
     with pytest.raises(PeerError):
         classify(made.client(), toy_images)
     assert time.monotonic() - started < 5
-    made.dealer.result(10)
+    assert isinstance(made.dealer.exception(10), PeerError)
 
 
 def test_a_bug_in_a_backend_closes_the_session_without_its_details(
