@@ -1,0 +1,109 @@
+"""A PostgreSQL cluster of the tests' own, from Debian's packages, in a temporary folder.
+
+It listens on a Unix socket in that folder and, for passwords, on a loopback port. As root it runs
+as the user ``postgres`` or ``nobody``, because initdb refuses root.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+PASSWORD = "open sesame"
+_SETTINGS = """
+listen_addresses = '127.0.0.1'
+unix_socket_directories = '{folder}'
+port = {port}
+max_connections = 60
+shared_buffers = 32MB
+"""
+_ACCESS = """
+local all all trust
+host all all 127.0.0.1/32 scram-sha-256
+"""
+
+
+def programs() -> Path | None:
+    """The folder of initdb and pg_ctl, the newest there is; ``None`` where there is none."""
+    found = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+    if not found:
+        on_path = shutil.which("initdb")
+        found = [] if on_path is None else [Path(on_path).parent]
+    return max(found, key=lambda path: int(re.sub(r"\D", "", path.parent.name) or 0), default=None)
+
+
+class Cluster:
+    """A running cluster whose superuser is ``admin``, with a role ``pi`` that may log in."""
+
+    def __init__(self, bin: Path) -> None:
+        self._bin = bin
+        # Not pytest's folder: that one only its owner can enter.
+        self.folder = Path(tempfile.mkdtemp(prefix="pi-pg-"))
+        self._as: list[str] = []
+        if os.getuid() == 0:
+            known = {user.pw_name: user for user in pwd.getpwall()}
+            user = known.get("postgres") or known["nobody"]
+            self._as = [
+                "setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups",
+            ]  # fmt: skip
+            os.chown(self.folder, user.pw_uid, user.pw_gid)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.data = self.folder / "data"
+        self._count = 0
+        self._run("initdb", "-D", str(self.data), "-U", "admin", "-A", "trust", "--no-sync",
+                  "--no-instructions", "-E", "UTF8", "--locale=C")  # fmt: skip
+        with open(self.data / "postgresql.conf", "a") as file:
+            file.write(_SETTINGS.format(folder=self.folder, port=self.port))
+        (self.data / "pg_hba.conf").write_text(_ACCESS)
+        self.start()
+        self.sql(f"CREATE ROLE pi LOGIN PASSWORD '{PASSWORD}'")
+
+    def start(self) -> None:
+        self._run("pg_ctl", "-D", str(self.data), "-w", "-l", str(self.folder / "log"), "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """``mode`` immediate is as after a crash."""
+        self._run("pg_ctl", "-D", str(self.data), "-w", "-m", mode, "stop")
+
+    def close(self) -> None:
+        self.stop("immediate")
+        shutil.rmtree(self.folder)
+
+    def database(self, template: str | None = None) -> str:
+        """The name of a new database that the role ``pi`` owns."""
+        self._count += 1
+        name = f"test{self._count}"
+        copied = "" if template is None else f" TEMPLATE {template}"
+        self.sql(f"CREATE DATABASE {name} OWNER pi{copied}")
+        return name
+
+    def url(self, database: str) -> str:
+        """For the role ``pi`` over the Unix socket, where it needs no password."""
+        return f"postgresql://pi@/{database}?host={self.folder}&port={self.port}"
+
+    def sql(self, statement: str, database: str = "postgres") -> str:
+        """Run a statement as the superuser; rows as lines, columns separated by '|'."""
+        return self._run(
+            "psql", "-XqAt", "-v", "ON_ERROR_STOP=1", "-h", str(self.folder), "-p", str(self.port),
+            "-U", "admin", "-d", database, "-c", statement,
+        ).strip()  # fmt: skip
+
+    def _run(self, program: str, *arguments: str) -> str:
+        command = [*self._as, str(self._bin / program), *arguments]
+        # A file, as the server that pg_ctl leaves running would keep a pipe open.
+        with tempfile.TemporaryFile("w+") as output:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                cwd=self.folder, timeout=60,
+            )  # fmt: skip
+            output.seek(0)
+            text = output.read()
+        assert done.returncode == 0, f"{program}: {text}"
+        return text
