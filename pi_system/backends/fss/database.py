@@ -26,7 +26,29 @@ from ..base import Database
 Connection: TypeAlias = "psycopg.Connection[TupleRow]"
 
 PATIENCE: Final = 8.0
-"""Seconds for a connection, and for a transaction."""
+"""Seconds for a connection, and for a statement."""
+
+NAME: Final = "the ledger's database"
+
+
+class _Bounded(psycopg.Connection[TupleRow]):
+    """Is cut off, which ends every wait on it, after :data:`PATIENCE` in one wait."""
+
+    def wait(self, *arguments: Any, **options: Any) -> Any:
+        with socket.socket(fileno=os.dup(self.fileno())) as same:
+
+            def cut() -> None:
+                with contextlib.suppress(OSError):
+                    same.shutdown(socket.SHUT_RDWR)
+
+            timer = threading.Timer(PATIENCE, cut)
+            timer.daemon = True
+            timer.start()
+            try:
+                return super().wait(*arguments, **options)
+            finally:
+                timer.cancel()
+                timer.join()
 
 
 class Connections:
@@ -46,8 +68,13 @@ class Connections:
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._closed = False
-        self.where = self._name()
-        self._put_back(self._connect())
+        try:
+            self._put_back(self._connect())
+        except PeerError as error:
+            cause = error.__cause__
+            where = self._parameters.get("host") or "the local socket"
+            text = _line(cause) if isinstance(cause, psycopg.Error) else "lost"
+            raise PeerError(f"cannot reach {NAME} at {where}: {text}") from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -59,7 +86,7 @@ class Connections:
         """
         connection = self._take()
         try:
-            with _bounded(connection), _translated(self.where), connection.transaction():
+            with _translated(), connection.transaction():
                 yield connection
         finally:
             self._put_back(connection)
@@ -89,22 +116,19 @@ class Connections:
         connection.close()
 
     def _connect(self) -> Connection:
-        with _translated(self.where, reached=False):
-            connection: Connection = psycopg.connect(
-                **self._parameters, autocommit=True, row_factory=tuple_row
-            )
         try:
-            with _bounded(connection), _translated(self.where):
+            connection: Connection = _Bounded.connect(
+                **self._parameters, autocommit=True, prepare_threshold=None, row_factory=tuple_row
+            )
+        except psycopg.Error as error:
+            raise PeerError(f"cannot reach {NAME}") from error
+        try:
+            with _translated():
                 self._greet(connection)
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _name(self) -> str:
-        given = self._parameters
-        host = given.get("host") or "the local socket"
-        return f"the ledger in database {given.get('dbname', '(default)')!r} at {host}"
 
 
 def parameters(database: Database) -> dict[str, Any]:
@@ -147,6 +171,7 @@ def parameters(database: Database) -> dict[str, Any]:
         "keepalives_count": 3,
         "tcp_user_timeout": int(1000 * PATIENCE),
         "application_name": "pi-party",
+        "gssencmode": "disable",
         "target_session_attrs": "read-write",
     }
     return {**defaults, **given}
@@ -170,45 +195,22 @@ def _alive(connection: Connection) -> bool:
 
 
 @contextlib.contextmanager
-def _bounded(connection: Connection) -> Iterator[None]:
-    """Cut the connection off, and so end every wait on it, after :data:`PATIENCE`."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as same:
-
-        def cut() -> None:
-            with contextlib.suppress(OSError):
-                same.shutdown(socket.SHUT_RDWR)
-
-        timer = threading.Timer(PATIENCE, cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            timer.join()
-
-
-@contextlib.contextmanager
-def _translated(where: str, *, reached: bool = True) -> Iterator[None]:
+def _translated() -> Iterator[None]:
     try:
         yield
-    except PiError:
-        raise
     except psycopg.Error as error:
         lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-        text = " ".join(str(error).split())
-        if not reached:
-            raise PeerError(f"cannot reach {where}: {text}") from error
-        if lost and error.sqlstate is None or isinstance(error, _GONE):
-            raise PeerError(
-                f"{where} was lost; what was being claimed counts as burnt: {text}"
-            ) from error
-        raise PiError(f"{where}: {text}") from error
+        if (lost and error.sqlstate is None) or isinstance(error, _GONE):
+            raise PeerError(f"{NAME} was lost; what was being claimed counts as burnt") from error
+        raise PiError(f"{NAME} refused: {_line(error)}") from error
 
 
 _GONE: Final = (
     psycopg.errors.AdminShutdown,
     psycopg.errors.CrashShutdown,
     psycopg.errors.CannotConnectNow,
-    psycopg.errors.IdleInTransactionSessionTimeout,
 )
+
+
+def _line(error: psycopg.Error) -> str:
+    return " ".join(str(error).split())

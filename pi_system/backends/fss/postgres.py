@@ -29,7 +29,7 @@ import psycopg
 
 from ...errors import IntegrityError, PeerError, PiError, RefusedError
 from ..base import Database
-from .database import Connection, Connections
+from .database import NAME, Connection, Connections
 from .depot import Shelf, decode
 from .ledger import MAX_PAIRS, Entry, changed, check_upwards, new_id
 from .material import Codec
@@ -130,9 +130,7 @@ class PostgresLedger:
             if _one(run, count) >= self._max_pairs:
                 run.execute("DELETE FROM pi_system.pair WHERE next = 0")
             if _one(run, count) >= self._max_pairs:
-                raise RefusedError(
-                    f"{self.connections.where} holds {self._max_pairs} pairs and takes no more"
-                )
+                raise RefusedError(f"{NAME} holds {self._max_pairs} pairs and takes no more")
             run.execute(
                 f"INSERT INTO pi_system.pair ({_ENTRY}) VALUES (%(pair)s, %(peer)s, %(digest)s, "
                 "%(link)s, %(next)s, %(burnt)s, %(pending)s)",
@@ -186,10 +184,8 @@ class PostgresLedger:
     def _greet(self, run: Connection) -> None:
         """Make the store if need be, and check that it is this one."""
         if _one(run, "SELECT current_setting('fsync')") != "on":
-            raise RefusedError(
-                "the ledger's database runs without fsync: what it burns might come back"
-            )
-        if _one(run, "SELECT current_setting('synchronous_commit')") in ("off", "local"):
+            raise RefusedError(f"{NAME} runs without fsync: what it burns might come back")
+        if _one(run, "SELECT current_setting('synchronous_commit')") in ("of", "local"):
             run.execute("SET synchronous_commit = on")
         made = "SELECT to_regclass('pi_system.store') IS NOT NULL"
         if not _one(run, made):
@@ -201,15 +197,15 @@ class PostgresLedger:
             f"SELECT id, role, layout, place, ({_PLACE}) FROM pi_system.store"
         ).fetchone()
         if row is None:
-            raise IntegrityError("the ledger's database has no store in its schema pi_system")
+            raise IntegrityError(f"{NAME} has no store in its schema pi_system")
         self._id, role, layout, place, here = row
         if layout > len(_MIGRATIONS):
             raise IntegrityError(
-                f"the ledger's database has layout {layout}, this version knows up to "
+                f"{NAME} has layout {layout}, this version knows up to "
                 f"{len(_MIGRATIONS)}: use the version that made it, or another database"
             )
         if role != self._role:
-            raise RefusedError(f"the ledger's database is a {role}'s, not a {self._role}'s")
+            raise RefusedError(f"{NAME} is a {role}'s, not a {self._role}'s")
         if layout < len(_MIGRATIONS):
             with run.transaction():
                 run.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
@@ -241,7 +237,7 @@ class PostgresLedger:
             self._id = new_id()
             run.execute(f"UPDATE pi_system.store SET id = %s, place = ({_PLACE})", (self._id,))
         warnings.warn(
-            "the ledger's database is a copy, was restored or has failed over: it begins anew, "
+            f"{NAME} is a copy, was restored or has failed over: it begins anew, "
             "without the one-time material of the old one",
             stacklevel=2,
         )
@@ -291,7 +287,7 @@ class PostgresShelf(Generic[Item]):
         data = self._claimed.pop(inference, None)
         if data is None:
             raise RefusedError(f"the material of inference {inference} is gone")
-        return decode(self._codec, inference, data, "the ledger's database")
+        return decode(self._codec, inference, data, NAME)
 
     def drop(self, inferences: Iterable[int]) -> None:
         if dropped := list(inferences):
@@ -323,5 +319,5 @@ class Postgres:
 def _one(run: Connection, query: LiteralString) -> Any:
     row = run.execute(query).fetchone()
     if row is None:
-        raise PiError("the ledger's database gave no answer where it owes one")
+        raise PiError(f"{NAME} gave no answer where it owes one")
     return row[0]
