@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-PASSWORD = "open sesame"
 ROOM = 1 << 30
 _SETTINGS = """
 listen_addresses = '127.0.0.1'
@@ -40,10 +39,18 @@ def programs() -> Path | None:
 
 
 class Cluster:
-    """A running cluster whose superuser is ``admin``, with a role ``pi`` that may log in."""
+    """A running cluster whose superuser is ``admin``, with a role ``pi`` that may log in.
 
-    def __init__(self, bin: Path) -> None:
-        self._bin = bin
+    Attributes:
+        folder: of its socket.
+        scratch: a database that :meth:`empty` empties.
+        password: of ``pi``, over TCP.
+    """
+
+    password = "open sesame"
+
+    def __init__(self, programs: Path) -> None:
+        self.programs = programs
         # Not pytest's folder: that one only its owner can enter. In memory where there is room:
         # killed processes test nothing of a disk, and fsync costs no time there.
         shm = Path("/dev/shm")
@@ -67,7 +74,7 @@ class Cluster:
             file.write(_SETTINGS.format(folder=self.folder, port=self.port))
         (self.data / "pg_hba.conf").write_text(_ACCESS)
         self.start()
-        self.sql(f"CREATE ROLE pi LOGIN PASSWORD '{PASSWORD}'")
+        self.sql(f"CREATE ROLE pi LOGIN PASSWORD '{self.password}'")
         self.scratch = self.database()
 
     def start(self) -> None:
@@ -104,13 +111,35 @@ class Cluster:
 
     def sql(self, statement: str, database: str = "postgres") -> str:
         """Run a statement as the superuser; rows as lines, columns separated by '|'."""
-        return self._run(
+        return self._run(*self._psql(statement, database)).strip()
+
+    def psql(self, database: str, statement: str) -> list[str]:
+        """The same as a command to start."""
+        program, *arguments = self._psql(statement, database)
+        return [*self._as, str(self.programs / program), *arguments]
+
+    def copy(self, source: str, target: str) -> None:
+        """Dump a database and load it into another."""
+        file = str(self.folder / "dump")
+        where = ("-h", str(self.folder), "-p", str(self.port), "-U", "admin")
+        self._run("pg_dump", *where, "-Fc", "-f", file, source)
+        self._run("pg_restore", *where, "-d", target, file)
+
+    def recover(self) -> None:
+        """Start it as after a recovery from an archive: on a new timeline."""
+        (self.data / "recovery.signal").touch()
+        with open(self.data / "postgresql.conf", "a") as file:
+            file.write("restore_command = 'false'\n")
+        self.start()
+
+    def _psql(self, statement: str, database: str) -> list[str]:
+        return [
             "psql", "-XqAt", "-v", "ON_ERROR_STOP=1", "-h", str(self.folder), "-p", str(self.port),
             "-U", "admin", "-d", database, "-c", statement,
-        ).strip()  # fmt: skip
+        ]  # fmt: skip
 
     def _run(self, program: str, *arguments: str) -> str:
-        command = [*self._as, str(self._bin / program), *arguments]
+        command = [*self._as, str(self.programs / program), *arguments]
         # A file, as the server that pg_ctl leaves running would keep a pipe open.
         with tempfile.TemporaryFile("w+") as output:
             done = subprocess.run(

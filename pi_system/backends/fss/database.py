@@ -88,6 +88,9 @@ class Connections:
         try:
             with _translated(), connection.transaction():
                 yield connection
+        except PeerError:
+            connection.close()
+            raise
         finally:
             self._put_back(connection)
 
@@ -209,6 +212,7 @@ _GONE: Final = (
     psycopg.errors.AdminShutdown,
     psycopg.errors.CrashShutdown,
     psycopg.errors.CannotConnectNow,
+    psycopg.errors.ReadOnlySqlTransaction,  # it has become a standby
 )
 
 

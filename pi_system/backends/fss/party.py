@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from ...errors import PeerError
 from ...graph.ir import Graph
 from ...net.channel import Channel
 from ..base import Database, Options
@@ -40,8 +42,10 @@ class FssBackend:
         self._store = Store(where, role, limit=Store.DEFAULT_LIMIT if limit is None else limit)
 
     def stock(self) -> int | None:
-        """Items in this party's store, of all pairs."""
-        return None if self._store is None else self._store.count()
+        """Items in this party's store, of all pairs; ``None`` where its database is away."""
+        with contextlib.suppress(PeerError):
+            return None if self._store is None else self._store.count()
+        return None
 
     def server(
         self, graph: Graph, client: Channel, dealer: Channel | None, options: Options

@@ -185,9 +185,10 @@ class PostgresLedger:
         """Make the store if need be, and check that it is this one."""
         if _one(run, "SELECT current_setting('fsync')") != "on":
             raise RefusedError(f"{NAME} runs without fsync: what it burns might come back")
-        if _one(run, "SELECT current_setting('synchronous_commit')") in ("of", "local"):
+        if _one(run, "SELECT current_setting('synchronous_commit')") in ("off", "local"):
             run.execute("SET synchronous_commit = on")
-        made = "SELECT to_regclass('pi_system.store') IS NOT NULL"
+        # Read from the tables: to_regclass may not see what was made while the lock was waited for.
+        made = "SELECT count(*) FROM pg_tables WHERE schemaname = 'pi_system'"
         if not _one(run, made):
             with run.transaction():
                 run.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
@@ -214,7 +215,7 @@ class PostgresLedger:
             self._begin_anew(run)
 
     def _make(self, run: Connection) -> None:
-        if _one(run, "SELECT to_regnamespace('pi_system') IS NULL"):
+        if not _one(run, "SELECT count(*) FROM pg_namespace WHERE nspname = 'pi_system'"):
             run.execute("CREATE SCHEMA pi_system")
         run.execute(_MIGRATIONS[0])
         run.execute(

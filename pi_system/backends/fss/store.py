@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from ...errors import ProtocolError, RefusedError
+from ...errors import ProtocolError, RefusedError, UsageError
 from ..base import Database
 from .depot import Depot, Directory, Memory, Shelf, is_name
 from .ledger import Entry, Ledger, new_id
@@ -354,8 +354,12 @@ def _depot(where: Path | Database | None, role: str) -> Depot:
         case Path():
             return Directory(where, role)
         case _:
-            from .postgres import Postgres
-
+            try:
+                from .postgres import Postgres
+            except ImportError as error:
+                raise UsageError(
+                    f"--ledger needs psycopg (pip install 'pi-system[postgres]'): {error}"
+                ) from error
             return Postgres(where, role)
 
 
