@@ -227,3 +227,28 @@ def test_bad_sweeps(recipe_path: Path, tmp_path: Path) -> None:
         path.write_text(good.replace(old, new))
         with pytest.raises(UsageError, match=message):
             sweep.load(path)
+
+
+def test_sweeps_side_by_side_share_the_students_out(base: Run, swept: Path, tmp_path: Path) -> None:
+    jobs = sweep.load(swept / "sweep.toml")
+    run = dataclasses.replace(base, directory=tmp_path / "runs", cores=1)
+
+    class Rival(Reporter):
+        """Goes through the same sweep while the first student is being trained."""
+
+        def __init__(self) -> None:
+            self.found: list[str] = []
+
+        def begin(self, stage: str, epochs: int, done: int) -> None:
+            if not self.found:
+                self.found = ["-"]
+                silent = dataclasses.replace(run, reporter=Reporter())
+                documents = sweep.run(jobs, silent, tmp_path / "results")
+                self.found = [f"{d['method']}-{d['relu_budget']}-s{d['seed']}" for d in documents]
+
+    rival = Rival()
+    mine = list(sweep.run(jobs, dataclasses.replace(run, reporter=rival), tmp_path / "results"))
+    assert rival.found == [job.name for job in jobs[1:]], "all but the one in training"
+    assert [d["method"] for d in mine] == [jobs[0].method]
+    assert mine[0]["environment"]["threads"] == 1
+    assert all(sweep.stored(job, tmp_path / "results") for job in jobs)
