@@ -34,19 +34,24 @@ class Sweep:
     """All ``methods`` at each of ``budgets`` (ReLUs, the stem counted) for each of ``seeds``.
 
     ``recipe`` is bundled or the path of a TOML file; its own method, budget and student's seed
-    are not used.
+    are not used. ``relus`` has the layer budgets, one row for each of ``budgets``, for the methods
+    that have them given.
     """
 
     recipe: str
     methods: tuple[str, ...]
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]
+    relus: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("methods", "budgets", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise UsageError(f"{name} must be a list without repetitions, got {list(values)}")
+        sums = tuple(sum(row) for row in self.relus)
+        if self.relus and sums != self.budgets:
+            raise UsageError(f"the rows of relus add up to {list(sums)}, not to the budgets")
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,11 @@ def load(path: Path) -> tuple[Job, ...]:
     """
     sweep = config.load_toml(path, Sweep)
     base = recipe.load(sweep.recipe)
+    rows = sweep.relus or ((),) * len(sweep.budgets)
     return tuple(
-        Job(method, budget, seed, methods.apply(base, method, budget, seed))
+        Job(method, budget, seed, methods.apply(base, method, budget, seed, row))
         for seed in sweep.seeds
-        for budget in sweep.budgets
+        for budget, row in zip(sweep.budgets, rows, strict=True)
         for method in sweep.methods
     )
 
