@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 ROOM = 1 << 30
@@ -131,6 +132,8 @@ class Cluster:
         with open(self.data / "postgresql.conf", "a") as file:
             file.write("restore_command = 'false'\n")
         self.start()
+        while self.sql("SELECT pg_is_in_recovery()") == "t":  # it can be read before it is done
+            time.sleep(0.05)
 
     def _psql(self, statement: str, database: str) -> list[str]:
         return [
