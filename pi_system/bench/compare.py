@@ -39,6 +39,7 @@ class Plan:
             the model. Plaintext takes part in any case.
         repeat: inferences of each contender in a round, each on images of its own.
         warmup: inferences before these in a round, not counted.
+        plan: the server's precision, of backend fss.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Plan:
     device: str = "cpu"
     network: str = "loopback"
     timeouts: Timeouts = field(default_factory=Timeouts)
+    plan: str = "default"
 
 
 def compare(
@@ -95,10 +97,11 @@ def compare(
     results = [entry.result() for entry in entries]
     measured = [one for entry in ran for one in entry.measured]
     plaintext = timer.result()
+    network = describe_network(plan.network, combine(measured) if measured else {})
     return Comparison(
         environment=described,
         model=describe_model(measurement.graph),
-        network=describe_network(plan.network, combine(measured) if measured else {}),
+        network=network,
         threads_per_party=plan.threads,
         batch_size=plan.batch,
         plaintext=plaintext,
@@ -115,6 +118,7 @@ def compare(
             plaintext_drift=timer.drift(),
             threads=plan.threads,
             environment=described,
+            network=network,
         ),
     )
 
@@ -164,6 +168,7 @@ def _measurement(plan: Plan) -> Measurement:
         repeat=plan.repeat,
         warmup=plan.warmup,
         timeouts=plan.timeouts,
+        plan=plan.plan,
     )
 
 
