@@ -16,7 +16,10 @@ from . import options
 @click.option(
     "--listen", required=True, metavar="HOST:PORT", help="Where clients connect; port 0: any free."
 )
-@click.option("--dealer", required=True, metavar="HOST:PORT", help="Where the dealer listens.")
+@click.option(
+    "--dealer", required=True, metavar="HOST:PORT[,...]",
+    help="Where the dealer listens; several in the order that clients name them in.",
+)  # fmt: skip
 @common.plan_option
 @options.store
 @click.option(
@@ -57,12 +60,12 @@ def server(
     options.prepare(given.threads, given.exit_with_parent)
     if store is not None and ledger is not None:
         raise click.UsageError("Give --store or --ledger, not both.")
-    from ...parties.address import parse_address
+    from ...parties.address import parse_addresses
 
-    dealer_at = parse_address(dealer)
+    dealers = parse_addresses(dealer)
     with options.listener(listen) as listener:
         identity = options.identity(
-            "server", given.certs, given.insecure, listener.host, dealer_at.host
+            "server", given.certs, given.insecure, listener.host, *(at.host for at in dealers)
         )
         from ...backends import base
         from ...models import resolve
@@ -76,7 +79,7 @@ def server(
         settings = party.ServerSettings(
             model=graph,
             sha256=graph.sha256(),
-            dealer=dealer_at,
+            dealers=dealers,
             plan=plan,
             keeps=kept is not None,
             **given.settings(identity, implementation),

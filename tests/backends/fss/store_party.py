@@ -37,7 +37,7 @@ def server(listening: socket.socket, dealer_port: int, model: str, where: Path |
         backend.open_store(where, "server")
         graph = serialize.load(Path(model))
         settings = ServerSettings(
-            model=graph, sha256=graph.sha256(), dealer=Address("127.0.0.1", dealer_port),
+            model=graph, sha256=graph.sha256(), dealers=(Address("127.0.0.1", dealer_port),),
             keeps=True, backend=backend, backend_name="fss", timeouts=TIMEOUTS,
         )  # fmt: skip
         serve_once(Listener.adopt(listening.detach()), settings)
@@ -50,7 +50,7 @@ def client(port: int, dealer_port: int, directory: str, images: str, expected: s
         backend.open_store(Path(directory), "client")
         x, logits = np.load(images), np.load(expected)
         settings = ClientSettings(
-            Address("127.0.0.1", port), Address("127.0.0.1", dealer_port), backend, "fss",
+            Address("127.0.0.1", port), (Address("127.0.0.1", dealer_port),), backend, "fss",
             timeouts=TIMEOUTS,
         )  # fmt: skip
         with Client(settings) as session:
