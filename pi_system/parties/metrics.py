@@ -11,7 +11,6 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
@@ -50,9 +49,10 @@ class Metrics:
         self._bytes = Counter(
             "pi_bytes", "Bytes of requests, all peers.", ["phase", "direction"], registry=registry
         )
-        for name, text in (("running", "run"), ("waiting", "wait for a place")):
-            gauge = Gauge(f"pi_sessions_{name}", f"Sessions that {text}.", registry=registry)
-            gauge.set_function(partial(_count, tally, name))
+        gauge = Gauge("pi_sessions_running", "Sessions that run.", registry=registry)
+        gauge.set_function(lambda: tally.running)
+        gauge = Gauge("pi_sessions_waiting", "Sessions that wait for a place.", registry=registry)
+        gauge.set_function(lambda: tally.waiting)
         if tally.material() is not None:
             gauge = Gauge(
                 "pi_material_left", "Inferences whose material is in stock.", registry=registry
@@ -85,10 +85,6 @@ class Metrics:
 
 def _number(value: int | None) -> float:
     return math.nan if value is None else value
-
-
-def _count(tally: Tally, name: str) -> float:
-    return float(tally.to_json()[name])
 
 
 @contextlib.contextmanager

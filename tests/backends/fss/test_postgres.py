@@ -25,6 +25,7 @@ from fss_networks import Sessions, images, planned, residual
 from postgres_party import PAIR, claim, content, fill, stock
 
 from pi_system.backends.base import Database, Options
+from pi_system.backends.fss.party import FssBackend
 from pi_system.backends.fss.store import Store
 from pi_system.errors import IntegrityError, PeerError, RefusedError, UsageError
 from pi_system.graph.execute import run
@@ -301,13 +302,20 @@ def test_a_crash_costs_material_and_a_recovery_to_a_point_in_time_begins_anew(
     with pytest.raises(PeerError, match="cannot reach the ledger's database"):
         stock(store)
     assert store.id == old
+    # Who keeps nothing here does not need it, and who looks is told that nobody knows.
+    with Sessions(GRAPH, stores=(None, store)) as sessions:
+        sessions.offline(1)
+        right(sessions)
+    backend = FssBackend()
+    backend._store = store
+    assert backend.stock() is None
     with pytest.raises(PeerError, match=f"cannot reach the ledger's database at {cluster.folder}"):
         Store(database, "server")
     cluster.start()
     # The connections that the crash broke are replaced, the ids burnt, the items gone.
     mine = stock(store)
     assert mine.ids == () and (mine.entry.burnt, mine.entry.next) == (1, 5)
-    assert store.id == old
+    assert store.id == old and backend.stock() == 0
     store.close()
     cluster.stop()
     cluster.recover()
