@@ -118,6 +118,10 @@ NAMES = {
     "crypten-all": "CrypTen, all ReLUs",
     "crypten-stock": "CrypTen as distributed",
     "crypten-stock-all": "CrypTen as distributed, all ReLUs",
+    "spu-semi2k": "SPU, SEMI2K",
+    "spu-semi2k-all": "SPU, SEMI2K, all ReLUs",
+    "spu-cheetah": "SPU, Cheetah",
+    "spu-cheetah-all": "SPU, Cheetah, all ReLUs",
 }
 
 

@@ -39,6 +39,7 @@ class Plan:
             the model. Plaintext takes part in any case.
         repeat: inferences of each contender in a round, each on images of its own.
         warmup: inferences before these in a round, not counted.
+        spu_python: of the environment of SecretFlow SPU, if there is one.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Plan:
     device: str = "cpu"
     network: str = "loopback"
     timeouts: Timeouts = field(default_factory=Timeouts)
+    spu_python: str | None = None
 
 
 def compare(
@@ -74,7 +76,9 @@ def compare(
     measurement = _measurement(plan)
     timer = measurement.plaintext()
     with tempfile.TemporaryDirectory(prefix="pi-bench-") as folder:
-        entries = [contenders.enter(name, measurement, Path(folder)) for name in names]
+        entries = [
+            contenders.enter(name, measurement, Path(folder), plan.spu_python) for name in names
+        ]
         ends = []
         for number in range(plan.rounds):
             for place in range(len(entries)):

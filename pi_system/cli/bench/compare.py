@@ -14,8 +14,9 @@ from . import options
 @options.model
 @click.option(
     "--contender", "contenders", multiple=True, metavar="NAME",
-    help="A backend, or crypten-stock, CrypTen as distributed; with -all behind (crypten-all): on "
-    "the version of the model that keeps every ReLU. Again for more. "
+    help="A backend; crypten-stock, CrypTen as distributed; spu-semi2k or spu-cheetah, SecretFlow "
+    "SPU (see --spu-python). With -all behind (crypten-all): on the version of the model that "
+    "keeps every ReLU. Again for more. "
     "[default: fss, crypten, crypten-all, crypten-stock-all]",
 )  # fmt: skip
 @click.option(
@@ -29,6 +30,11 @@ from . import options
 @click.option(
     "--warmup", type=click.IntRange(0), default=1, show_default=True,
     help="Inferences before these, in each round, that are not counted.",
+)  # fmt: skip
+@click.option(
+    "--spu-python", metavar="FILE", envvar="PI_SPU_PYTHON", show_envvar=True,
+    help="Python of an environment with SecretFlow SPU, for its contenders "
+    "(benchmarks/README.md, Peers).",
 )  # fmt: skip
 @options.batch
 @options.threads
@@ -44,6 +50,7 @@ def compare(
     rounds: int,
     repeat: int,
     warmup: int,
+    spu_python: str | None,
     batch: int,
     threads: int,
     device: str,
@@ -84,6 +91,7 @@ def compare(
         device=device,
         network=network,
         timeouts=Timeouts(step=timeout),
+        spu_python=spu_python,
     )
     with Progress() as progress:
         comparison = run_comparison(plan, progress=progress)
