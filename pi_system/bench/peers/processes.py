@@ -50,8 +50,8 @@ def run(
                     start_new_session=True,
                 )
             failed = False
-            while any(child.poll() is None for child in children.values()):
-                if not failed and any(child.returncode for child in children.values()):
+            while None in (codes := [child.poll() for child in children.values()]):
+                if not failed and any(codes):
                     failed = True
                     deadline = min(deadline, time.monotonic() + _GRACE)
                 if time.monotonic() > deadline:

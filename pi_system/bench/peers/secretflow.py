@@ -79,7 +79,7 @@ class SecretFlow:
             reports = processes.run(
                 f"SecretFlow SPU ({self.protocol})",
                 {role: [run.python, "-I", script, role, task] for role in ROLES},
-                {**os.environ, **thread_environment(run.threads), "JAX_PLATFORMS": "cpu"},
+                environment(run.threads),
                 _START + _EACH * (run.warmup + run.repeat),
             )
         client = reports[CLIENT]
@@ -91,6 +91,13 @@ class SecretFlow:
             peak_memory={role: reports[role]["peak_memory"] for role in ROLES},
             settings=client["settings"],
         )
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of its processes. SPU asks OpenMP for four threads whatever it is told, which on fewer
+    cores takes it several times longer."""
+    limit = {"OMP_THREAD_LIMIT": str(threads), "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, **thread_environment(threads), **limit}
 
 
 def write_model(folder: Path, graph: Graph, *, secret: bool) -> None:

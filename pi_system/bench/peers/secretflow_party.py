@@ -229,8 +229,6 @@ def _settings(version: str, config: Any) -> dict[str, Any]:
     }
     if settings["protocol"] == "SEMI2K":
         settings["triples"] = config.beaver_type.name
-    else:
-        settings["oblivious_transfer"] = config.cheetah_2pc_config.ot_kind.name
     return settings
 
 
