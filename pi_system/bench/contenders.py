@@ -124,6 +124,7 @@ class Entry:
             online=seen.online,
             accuracy=parity.accuracy(self.inferences, self.expected, self.plan.labels, self.facts),
             peak_memory_mb=seen.peak_memory_mb,
+            fixed_point=parity.fixed_point(self.plan.plan, self.facts),
         )
 
 

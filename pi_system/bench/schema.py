@@ -288,6 +288,7 @@ class Contender:
         model: which it ran; another one than compared for ``-all``.
         not_run: why it has no figures (which are then null).
         whole: a peer's figures, in place of ``setup``, ``offline`` and ``online``.
+        fixed_point: the plan of backend fss.
     """
 
     name: str
@@ -300,6 +301,7 @@ class Contender:
     accuracy: Accuracy | None = None
     peak_memory_mb: dict[str, float] | None = None
     whole: Whole | None = None
+    fixed_point: FixedPoint | None = None
 
     @property
     def latency_ms(self) -> Latency | None:

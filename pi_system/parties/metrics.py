@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -56,7 +57,7 @@ class Metrics:
             gauge = Gauge(
                 "pi_material_left", "Inferences whose material is in stock.", registry=registry
             )
-            gauge.set_function(lambda: tally.material() or 0)
+            gauge.set_function(lambda: _number(tally.material()))
 
     def read(self, event: Event) -> None:
         """Count an event."""
@@ -80,6 +81,10 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' format."""
         return generate_latest(self.registry)
+
+
+def _number(value: int | None) -> float:
+    return math.nan if value is None else value
 
 
 def _count(tally: Tally, name: str) -> float:

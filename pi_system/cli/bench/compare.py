@@ -11,7 +11,6 @@ from . import options
 
 
 @click.command()
-@options.model
 @click.option(
     "--contender", "contenders", multiple=True, metavar="NAME",
     help="A backend; crypten-stock, CrypTen as distributed; spu-semi2k or spu-cheetah, SecretFlow "
@@ -24,40 +23,21 @@ from . import options
     help="Every contender runs once in each, with new processes.",
 )  # fmt: skip
 @click.option(
-    "--repeat", type=click.IntRange(1), default=4, show_default=True,
-    help="Inferences of each contender in a round.",
-)  # fmt: skip
-@click.option(
-    "--warmup", type=click.IntRange(0), default=1, show_default=True,
-    help="Inferences before these, in each round, that are not counted.",
-)  # fmt: skip
-@click.option(
     "--spu-python", metavar="FILE", envvar="PI_SPU_PYTHON", show_envvar=True,
     help="Python of an environment with SecretFlow SPU, for its contenders "
     "(benchmarks/README.md, Peers).",
 )  # fmt: skip
-@options.batch
-@options.threads
-@options.device
-@options.network
-@options.timeout
-@options.agreement
-@options.tolerance
+@options.setting(
+    repeat=4,
+    repeat_help="Inferences of each contender in a round.",
+    warmup_help="Inferences before these, in each round, that are not counted.",
+)
 @common.output_options
 def compare(
-    model: str,
+    setting: options.Setting,
     contenders: tuple[str, ...],
     rounds: int,
-    repeat: int,
-    warmup: int,
     spu_python: str | None,
-    batch: int,
-    threads: int,
-    device: str,
-    network: str,
-    timeout: float,
-    agreement: float,
-    tolerance: float | None,
     format_: str,
     output: Path | None,
 ) -> None:
@@ -77,21 +57,10 @@ def compare(
     from ...bench.compare import compare as run_comparison
     from ...bench.comparison_table import print_comparison
     from ...bench.schema import flatten
-    from ...parties.timeouts import Timeouts
     from ..progress import Progress
 
     plan = Plan(
-        model=model,
-        contenders=contenders or ALL,
-        rounds=rounds,
-        repeat=repeat,
-        warmup=warmup,
-        batch=batch,
-        threads=threads,
-        device=device,
-        network=network,
-        timeouts=Timeouts(step=timeout),
-        spu_python=spu_python,
+        contenders=contenders or ALL, rounds=rounds, spu_python=spu_python, **setting.common()
     )
     with Progress() as progress:
         comparison = run_comparison(plan, progress=progress)
@@ -104,4 +73,4 @@ def compare(
         rows=lambda: [flatten(contender) for contender in value["contenders"]],
     )
     options.warn(comparison.stability.warnings, format_, output)
-    check_answers(comparison, agreement=agreement, tolerance=tolerance)
+    check_answers(comparison, **setting.parity())
