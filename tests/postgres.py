@@ -6,6 +6,7 @@ as the user ``postgres`` or ``nobody``, because initdb refuses root.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOM = 1 << 30
@@ -119,6 +121,26 @@ class Cluster:
         program, *arguments = self._psql(statement, database)
         return [*self._as, str(self.programs / program), *arguments]
 
+    @contextlib.contextmanager
+    def tls(self, name: str) -> Iterator[Path]:
+        """Speak TLS over TCP, with a certificate for ``name`` that is its own authority."""
+        # As the head of examples/kubernetes.yml makes it.
+        self._run_own(
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+            "-nodes", "-days", "365", "-keyout", "tls.key", "-out", "tls.crt", "-subj",
+            f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}",
+        )  # fmt: skip
+        certificate = self.folder / "tls.crt"
+        files = {"ssl_cert_file": certificate, "ssl_key_file": self.folder / "tls.key"}
+        for setting, path in files.items():
+            self.sql(f"ALTER SYSTEM SET {setting} = '{path}'")
+        for switch in ("on", "off"):
+            self.sql(f"ALTER SYSTEM SET ssl = {switch}")
+            self.sql("SELECT pg_reload_conf()")
+            time.sleep(0.3)
+            if switch == "on":
+                yield certificate
+
     def copy(self, source: str, target: str) -> None:
         """Dump a database and load it into another."""
         file = str(self.folder / "dump")
@@ -142,7 +164,10 @@ class Cluster:
         ]  # fmt: skip
 
     def _run(self, program: str, *arguments: str) -> str:
-        command = [*self._as, str(self.programs / program), *arguments]
+        return self._run_own(str(self.programs / program), *arguments)
+
+    def _run_own(self, program: str, *arguments: str) -> str:
+        command = [*self._as, program, *arguments]
         # A file, as the server that pg_ctl leaves running would keep a pipe open.
         with tempfile.TemporaryFile("w+") as output:
             done = subprocess.run(

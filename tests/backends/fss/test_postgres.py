@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from pi_system.backends.base import Database, Options
 from pi_system.backends.fss.store import Store
 from pi_system.errors import IntegrityError, PeerError, RefusedError, UsageError
 from pi_system.graph.execute import run
+from pi_system.net import certificates
 
 pytest.importorskip("psycopg", reason="psycopg is not installed", exc_type=ImportError)
 
@@ -430,6 +432,33 @@ def test_a_password_comes_from_a_file_or_the_environment_and_is_never_told(
     assert "a wrong one" not in str(found.value)
     with pytest.raises(UsageError, match="cannot read the password"):
         Store(Database(url, tmp_path / "none"), "server")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_over_tls_the_certificate_and_its_name_are_checked(
+    postgres: Any, database: Database, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text(postgres.password)
+
+    def at(host: str, root: Path) -> Database:
+        place = f"{host}:{postgres.port}/{name_of(database)}?hostaddr=127.0.0.1"
+        return Database(f"postgresql://pi@{place}&sslmode=verify-full&sslrootcert={root}", file)
+
+    with postgres.tls("postgres") as certificate:
+        with (
+            contextlib.closing(PostgresLedger(at("postgres", certificate), "server")) as ledger,
+            ledger.connections.transaction() as session,
+        ):
+            query = "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+            assert session.execute(query).fetchone() == ("TLSv1.3",)
+        with pytest.raises(PeerError, match="does not match host name"):
+            PostgresLedger(at("another", certificate), "server")
+        certificates.make(tmp_path / "certs", roles=("server",))
+        with pytest.raises(PeerError, match="certificate verify failed"):
+            PostgresLedger(at("postgres", tmp_path / "certs" / "authority.pem"), "server")
+    with pytest.raises(PeerError, match="does not support SSL"):
+        PostgresLedger(at("postgres", certificate), "server")
 
 
 @pytest.mark.parametrize(
