@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -134,7 +135,7 @@ def test_without_the_peer_the_row_says_why(toy_model: Path) -> None:
 def test_a_python_without_the_peer_is_named(python: str, why: str, toy_model: Path) -> None:
     if python == sys.executable:
         for name in ("jax", "spu"):
-            if __import__("importlib.util").util.find_spec(name):
+            if importlib.util.find_spec(name):
                 pytest.skip(f"{name} is installed here")
     run = peers.PeerRun(
         toy_model, np.zeros((1, 3, 8, 8), np.float32), 1, 1, 0, threads=1, python=python
@@ -156,6 +157,8 @@ def test_one_process_that_fails_ends_the_others() -> None:
         processes.run("it", {"waits": commands["waits"]}, os.environ, 0.5)
     with pytest.raises(PeerError, match=r"^it failed; its silent: ended without a word$"):
         processes.run("it", {"silent": [sys.executable, "-c", "exit(3)"]}, os.environ, 20)
+    with pytest.raises(PeerError, match=r"^it ended without a result$"):
+        processes.run("it", {"silent": [sys.executable, "-c", "pass"]}, os.environ, 20)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def run(
         What each role printed last, a line of JSON.
 
     Raises:
-        PeerError: a process failed; with the last line that each of those that failed said.
+        PeerError: a process failed, with the last line of each that did; or it had no result.
         PeerTimeout: they took too long.
     """
     deadline = time.monotonic() + seconds
@@ -67,6 +67,8 @@ def run(
             if failures:
                 raise PeerError(f"{name} failed; {'; '.join(failures)}")
             return {role: json.loads(_last(said[role][0])) for role in commands}
+        except json.JSONDecodeError as error:
+            raise PeerError(f"{name} ended without a result") from error
         except OSError as error:
             raise PeerError(f"{name} cannot be started: {error}") from error
         finally:

@@ -2,7 +2,7 @@
 
 Its packages do not go with ours, so it runs under the Python of an environment of its own, where
 :mod:`.secretflow_party` turns the graph into a JAX function. Only kept ReLUs are compared. The
-server owns the weights and the client the image; the server's process never sees the other's files.
+server owns the weights and the client the image; neither reads the other's files.
 
 SEMI2K has its triples from its first party, here the server (``TrustedFirstParty``, its default):
 that party could unmask the image, so its figures are those of a protocol with a trusted dealer
