@@ -466,7 +466,7 @@ class Recording:
         with (
             mock.patch.object(store, "new_id", name),
             mock.patch.object(pairing, "new_id", name),
-            mock.patch.object(handshake, "new_session", lambda: self.session),
+            mock.patch.object(handshake, "new_session", lambda *which: self.session),
         ):
             yield
 
@@ -527,12 +527,12 @@ class Recording:
     def _server_settings(self, dealer: Address) -> server_party.ServerSettings:
         return server_party.ServerSettings(
             backend=FssBackend(), backend_name="fss", model=self.graph,
-            sha256=self.graph.sha256(), dealer=dealer,
+            sha256=self.graph.sha256(), dealers=(dealer,),
         )  # fmt: skip
 
     def _client(self, server: Address, dealer: Address) -> None:
         settings = client_party.ClientSettings(
-            server=server, dealer=dealer, backend=FssBackend(), backend_name="fss"
+            server=server, dealers=(dealer,), backend=FssBackend(), backend_name="fss"
         )
         shape = self.graph.input.shape
         with client_party.Client(settings) as client:
@@ -724,7 +724,7 @@ class Fuzzer:
         errors = (*Sessions.errors, UsageError) if role == "client" else Sessions.errors
         self.judge(
             f"session of the {role}", changed, where,
-            lambda: self.sessions.recording.replay(role, streams), errors,
+            lambda *which: self.sessions.recording.replay(role, streams), errors,
         )  # fmt: skip
 
     def judge(

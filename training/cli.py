@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import logging
@@ -451,6 +452,11 @@ def smoke(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder that gets one JSON file per finished student.",
 )
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads in place of the recipe's; results repeat up to rounding alone.",
+)
 @_output_options
 def sweep(
     path: Path,
@@ -458,13 +464,14 @@ def sweep(
     directory: Path,
     shared: Path | None,
     results: Path,
+    threads: int | None,
     output_format: str,
     output: Path | None,
 ) -> None:
     """Train the students of SWEEP.toml (methods x budgets x seeds) that have no result yet.
 
     One teacher and one sensitivity measurement serve them all. A sweep that was stopped goes on
-    where it was.
+    where it was. Start it several times, with few --threads each, to train students side by side.
 
     \b
     Example:
@@ -473,6 +480,7 @@ def sweep(
     """
     jobs = sweep_module.load(path)
     base = _run(jobs[0].recipe, data_path, directory, shared or directory / "shared")
+    base = dataclasses.replace(base, cores=threads or 0)
     for _ in sweep_module.run(jobs, base, results):
         pass
     shown = ("method", "relu_kept", "seed", "validation_accuracy", "test_accuracy")

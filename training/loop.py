@@ -73,6 +73,7 @@ class Run:
 
     Args:
         shared: where the teacher and the sensitivities are, if several runs have the same ones.
+        cores: CPU threads in place of the recipe's; 0 leaves those.
     """
 
     directory: Path
@@ -81,6 +82,12 @@ class Run:
     reporter: Reporter = field(default_factory=Reporter)
     shared: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    cores: int = 0
+
+    @property
+    def threads(self) -> int:
+        """CPU threads to train with; 0 leaves the choice to torch."""
+        return self.cores or self.recipe.threads
 
     def folder(self, stage: str) -> Path:
         """The directory that holds what ``stage`` writes."""
@@ -222,7 +229,7 @@ class Stage:
         if batch % self.run.ranks.size:
             raise UsageError(f"{self.run.ranks.size} ranks cannot share a batch of {batch}")
         self.run.reporter.begin(self.name, self.epochs, self.done)
-        with threads(self.run.recipe.threads):
+        with threads(self.run.threads):
             if not self.done:
                 self.before_first(train)
             while self.done < self.epochs:

@@ -33,6 +33,8 @@ METHODS: dict[str, Method] = {
     "snl": Method("SNL: relaxed masks under L1", "search", "snl"),
     "senet": Method("SENet", "senet", "senet"),
     "senet+": Method("SENet+", "search", "taylor"),
+    # Such as pi-train allocate --target-latency finds.
+    "senet-given": Method("SENet, layer budgets given", "given", "senet"),
     # What each part of senet+ gives, and SENet's search to the letter.
     "senet-mismatch": Method(
         "SENet, scored by |a_AR - a_PR| from random masks",
@@ -53,11 +55,14 @@ METHODS: dict[str, Method] = {
 }
 
 
-def apply(recipe: Recipe, method: str, budget: int, seed: int) -> Recipe:
+def apply(
+    recipe: Recipe, method: str, budget: int, seed: int, relus: tuple[int, ...] = ()
+) -> Recipe:
     """The recipe of one student.
 
     Args:
         seed: of the student alone; teacher, sensitivities and validation split stay.
+        relus: the layer budgets of a method that has them given.
 
     Raises:
         UsageError: an unknown method.
@@ -73,7 +78,9 @@ def apply(recipe: Recipe, method: str, budget: int, seed: int) -> Recipe:
         recipe,
         relu_budget=budget,
         student_seed=seed,
-        allocate=dataclasses.replace(recipe.allocate, rule=chosen.rule),
+        allocate=dataclasses.replace(
+            recipe.allocate, rule=chosen.rule, relus=relus if chosen.rule == "given" else ()
+        ),
         masks=dataclasses.replace(recipe.masks, **changes | chosen.masks),
         finetune=dataclasses.replace(recipe.finetune, epochs=epochs - search),
     )

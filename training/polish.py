@@ -31,7 +31,7 @@ def run_stage(run: Run, model: nn.Module) -> list[dict[str, Any]]:
     train, _ = run.split()
     images = train.subset(torch.arange(min(settings.images, len(train))))
     seed = derive_seed(run.recipe.seed_of("masks"), "masks/polish", 0)
-    with threads(run.recipe.threads):
+    with threads(run.threads):
         return polish(run, model, images, settings, torch.Generator().manual_seed(seed))
 
 

@@ -51,6 +51,13 @@ def measure(run: Run) -> allocate.Rule:
     return allocate.run_stage(run, _counted(run), profile)
 
 
+def shared(run: Run) -> None:
+    """Train what all students of a sweep have in common: the teacher and the sensitivities."""
+    check_budget(run)
+    teacher.train(run)
+    sensitivity.run_stage(run)
+
+
 def find_masks(run: Run) -> tuple[fx.GraphModule, fx.GraphModule]:
     """(teacher, network with the masks found), with all stages before."""
     check_budget(run)

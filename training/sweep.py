@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import platform
@@ -32,19 +34,24 @@ class Sweep:
     """All ``methods`` at each of ``budgets`` (ReLUs, the stem counted) for each of ``seeds``.
 
     ``recipe`` is bundled or the path of a TOML file; its own method, budget and student's seed
-    are not used.
+    are not used. ``relus`` has the layer budgets, one row for each of ``budgets``, for the methods
+    that have them given.
     """
 
     recipe: str
     methods: tuple[str, ...]
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]
+    relus: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("methods", "budgets", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise UsageError(f"{name} must be a list without repetitions, got {list(values)}")
+        sums = tuple(sum(row) for row in self.relus)
+        if self.relus and sums != self.budgets:
+            raise UsageError(f"the rows of relus add up to {list(sums)}, not to the budgets")
 
 
 @dataclass(frozen=True)
@@ -69,16 +76,19 @@ def load(path: Path) -> tuple[Job, ...]:
     """
     sweep = config.load_toml(path, Sweep)
     base = recipe.load(sweep.recipe)
+    rows = sweep.relus or ((),) * len(sweep.budgets)
     return tuple(
-        Job(method, budget, seed, methods.apply(base, method, budget, seed))
+        Job(method, budget, seed, methods.apply(base, method, budget, seed, row))
         for seed in sweep.seeds
-        for budget in sweep.budgets
+        for budget, row in zip(sweep.budgets, rows, strict=True)
         for method in sweep.methods
     )
 
 
 def run(jobs: tuple[Job, ...], base: Run, results: Path) -> Iterator[dict[str, Any]]:
     """Train the students that have no result yet; yields each one's result.
+
+    Several processes may run the same sweep at once: each takes students that no other trains.
 
     Args:
         base: students train in folders of ``base.directory``; ``base.shared`` has the teacher
@@ -90,20 +100,45 @@ def run(jobs: tuple[Job, ...], base: Run, results: Path) -> Iterator[dict[str, A
     """
     todo = [job for job in jobs if stored(job, results) is None]
     log.info("%d of %d students to train", len(todo), len(jobs))
+    if todo:
+        with _alone(base, "shared", wait=True):
+            senet.shared(dataclasses.replace(base, recipe=todo[0].recipe))
     for number, job in enumerate(todo, 1):
-        log.info("student %d of %d: %s", number, len(todo), job.name)
-        # Each student compiles its own networks; the compiler gives up after a few of them.
-        torch.compiler.reset()
-        directory = base.directory / job.name
-        run = dataclasses.replace(base, directory=directory, recipe=job.recipe)
-        senet.train(run)
-        document = result(job, run)
-        text = json.dumps(document, indent=1) + "\n"
-        with run.writing() as mine:
-            if mine:
-                results.mkdir(parents=True, exist_ok=True)
-                write_atomic(results / f"{job.name}.json", text.encode())
+        with _alone(base, job.name) as mine:
+            if not mine or stored(job, results) is not None:
+                continue
+            log.info("student %d of %d: %s", number, len(todo), job.name)
+            # Each student compiles its own networks; the compiler gives up after a few of them.
+            torch.compiler.reset()
+            directory = base.directory / job.name
+            run = dataclasses.replace(base, directory=directory, recipe=job.recipe)
+            senet.train(run)
+            document = result(job, run)
+            text = json.dumps(document, indent=1) + "\n"
+            with run.writing() as first:
+                if first:
+                    results.mkdir(parents=True, exist_ok=True)
+                    write_atomic(results / f"{job.name}.json", text.encode())
         yield document
+
+
+@contextlib.contextmanager
+def _alone(base: Run, name: str, *, wait: bool = False) -> Iterator[bool]:
+    """Whether no other process of the sweep is at ``name``; the lock goes with the process.
+
+    The ranks of one training go through the sweep together and take no lock.
+    """
+    if base.ranks.size > 1:
+        yield True
+        return
+    base.directory.mkdir(parents=True, exist_ok=True)
+    with open(base.directory / f"{name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def stored(job: Job, results: Path) -> dict[str, Any] | None:
@@ -154,16 +189,16 @@ def result(job: Job, run: Run) -> dict[str, Any]:
         "layers": [{"site": x.name, "total": x.total, "relus": x.kept} for x in count.layers],
         "curve": [asdict(row) for row in rows],
         "seconds": round(sum(row.seconds for row in rows), 1),
-        "environment": environment(),
+        "environment": environment(run.threads),
     }
 
 
-def environment() -> dict[str, Any]:
-    """The machine and software that trained."""
+def environment(threads: int) -> dict[str, Any]:
+    """The machine and software that trained, with so many threads (0: torch's choice)."""
     return {
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "system": platform.system(),

@@ -39,6 +39,8 @@ class Plan:
             the model. Plaintext takes part in any case.
         repeat: inferences of each contender in a round, each on images of its own.
         warmup: inferences before these in a round, not counted.
+        plan: the server's precision, of backend fss.
+        spu_python: of the environment of SecretFlow SPU, if there is one.
     """
 
     model: str
@@ -51,6 +53,8 @@ class Plan:
     device: str = "cpu"
     network: str = "loopback"
     timeouts: Timeouts = field(default_factory=Timeouts)
+    plan: str = "default"
+    spu_python: str | None = None
 
 
 def compare(
@@ -74,7 +78,9 @@ def compare(
     measurement = _measurement(plan)
     timer = measurement.plaintext()
     with tempfile.TemporaryDirectory(prefix="pi-bench-") as folder:
-        entries = [contenders.enter(name, measurement, Path(folder)) for name in names]
+        entries = [
+            contenders.enter(name, measurement, Path(folder), plan.spu_python) for name in names
+        ]
         ends = []
         for number in range(plan.rounds):
             for place in range(len(entries)):
@@ -95,10 +101,11 @@ def compare(
     results = [entry.result() for entry in entries]
     measured = [one for entry in ran for one in entry.measured]
     plaintext = timer.result()
+    network = describe_network(plan.network, combine(measured) if measured else {})
     return Comparison(
         environment=described,
         model=describe_model(measurement.graph),
-        network=describe_network(plan.network, combine(measured) if measured else {}),
+        network=network,
         threads_per_party=plan.threads,
         batch_size=plan.batch,
         plaintext=plaintext,
@@ -115,6 +122,7 @@ def compare(
             plaintext_drift=timer.drift(),
             threads=plan.threads,
             environment=described,
+            network=network,
         ),
     )
 
@@ -164,6 +172,7 @@ def _measurement(plan: Plan) -> Measurement:
         repeat=plan.repeat,
         warmup=plan.warmup,
         timeouts=plan.timeouts,
+        plan=plan.plan,
     )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .schema import Comparison, Contender, Latency, Ratio
-from .table import print_work, size
+from .table import print_work, size, stated
 
 WHOLE: Final = "*"
 """Marks the figures of peers, whose phases cannot be told apart."""
@@ -47,9 +47,13 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             agreed = round(one.accuracy.argmax_agreement * one.accuracy.answers)
             console.print(
                 f"{one.name}: {agreed} of {one.accuracy.answers} answers as in plaintext, "
-                f"largest logit error {one.accuracy.max_abs_error:.2g}.",
+                f"largest logit error {one.accuracy.max_abs_error:.2g}"
+                f"{stated(one.fixed_point, one.accuracy)}.",
                 markup=False,
             )
+        if one.whole is not None and one.whole.settings:
+            settings = ", ".join(f"{k} {v}" for k, v in one.whole.settings.items())
+            console.print(f"{one.name}: {settings}.", markup=False)
         if one.not_run is not None:
             console.print(f"{one.name} not run: {one.not_run}", markup=False)
     for warning in comparison.stability.warnings:

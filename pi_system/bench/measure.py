@@ -97,12 +97,13 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
 
     seen = Observation.of(plan.graph, local)
     plaintext = timer.result()
+    network = describe_network(plan.network, seen.measured)
     inferences, facts = local.client["inferences"], local.client["facts"]
     return Result(
         environment=described,
         model=describe_model(plan.graph),
         backend=plan.backend,
-        network=describe_network(plan.network, seen.measured),
+        network=network,
         threads_per_party=plan.threads,
         batch_size=plan.batch,
         plaintext=plaintext,
@@ -117,6 +118,7 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
             plaintext_drift=timer.drift(),
             threads=plan.threads,
             environment=described,
+            network=network,
         ),
         predictions=parity.predictions(inferences, expected, plan.labels, plan.graph, plan.every),
         fixed_point=parity.fixed_point(plan.plan, facts),

@@ -36,6 +36,7 @@ class Key(NamedTuple):
     threads: int
     batch: int
     repeat: int
+    plan: str = "default"
 
 
 class Sheet:
@@ -150,6 +151,12 @@ def tidy(result: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
+def plan_of(row: Mapping[str, Any]) -> str:
+    """The plan of a tidy row; that of a backend without plans is the default one."""
+    plan = row.get("fixed_point.plan")
+    return plan if isinstance(plan, str) and plan else "default"
+
+
 def _key(row: Mapping[str, Any]) -> Key:
     flat = tidy(row) if "model" in row else row
     if int(flat["schema_version"]) != SCHEMA_VERSION:
@@ -161,6 +168,7 @@ def _key(row: Mapping[str, Any]) -> Key:
         threads=int(flat["threads_per_party"]),
         batch=int(flat["batch_size"]),
         repeat=len(json.loads(flat["online.latency_ms.values"])),
+        plan=plan_of(flat),
     )
     if not _SHA256.fullmatch(key.sha256) or not key.backend or not key.network:
         raise ValueError("no name")

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .schema import Latency, Stability
+from ..net.link import HEADERS, SEGMENT, parse
+from .schema import Latency, Network, Stability
 
 MAX_SPREAD: Final = 0.25
 MIN_VALUES: Final = 5
+MAX_OFF: Final = 0.1
+"""Of the round trip and of the rate of an emulated link, as a fraction of what was asked for."""
+HANDLING_MS: Final = 0.03
+"""What two parties may take to handle an empty message, beyond the link's round trip."""
 
 
 def judge(
@@ -18,8 +23,9 @@ def judge(
     plaintext_drift: float,
     threads: int,
     environment: dict[str, Any],
+    network: Network,
 ) -> Stability:
-    """Warnings about spread, drift, few values and a busy machine.
+    """Warnings about spread, drift, few values, a busy machine and a link not as asked for.
 
     Args:
         online: latencies by what to call them.
@@ -49,4 +55,24 @@ def judge(
     load = environment["load_average"][0]
     if load > 0.5 * cores:
         warnings.append(f"the machine was busy: load average {load:.1f} on {cores} cores")
+    warnings += _link(network)
     return Stability(not warnings, warnings)
+
+
+def _link(network: Network) -> list[str]:
+    """How an emulated link was found to differ from what was asked for."""
+    asked = parse(network.name)
+    if asked is None or not network.measured:
+        return []
+    warnings = []
+    found = network.measured["rtt_ms"]
+    trip = asked.rtt_ms + 2 * 8 * HEADERS / (asked.mbps * 1e3)
+    if abs(found - trip) > MAX_OFF * trip + HANDLING_MS:
+        warnings.append(f"the emulated round trip was {found:.3g} ms and not {trip:.3g} ms")
+    found = network.measured["mbps"]
+    rate = asked.mbps * SEGMENT / (SEGMENT + HEADERS)
+    if not asked.loss and abs(found - rate) > MAX_OFF * rate:
+        warnings.append(
+            f"the emulated link carried {found:.3g} Mbit/s of payload and not {rate:.3g}"
+        )
+    return warnings

@@ -7,6 +7,7 @@ A scenario is a list of grids::
     relus = [0, 49600, "all"]   # budgets of the random models that name none
     backends = ["fss"]
     batch = [1, 4]
+    plans = ["default", "high"]     # of backend fss; the others have none
     repeat = 20
 
 A sweep that was stopped goes on where it was: rows that the output has are not measured again.
@@ -31,6 +32,9 @@ from ..parties.timeouts import Timeouts
 from .measure import Measurement, measure
 from .sheet import Key, Sheet
 
+PLANS: Final = ("default", "high")
+DEFAULT_PLAN: Final = PLANS[0]
+WITH_PLANS: Final = "fss"
 _MAX_INFERENCES: Final = 100_000
 
 
@@ -41,6 +45,8 @@ class Grid:
     Attributes:
         models: as on the command line; ``random:ARCH`` without a budget takes all of ``relus``.
         relus: numbers of ReLUs, or "all".
+        plans: the server's precisions, of backends that have them; if none, the one asked for
+            with the scenario.
         repeat: inferences timed in a row.
         warmup: inferences before these.
     """
@@ -51,6 +57,7 @@ class Grid:
     batch: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
     networks: tuple[str, ...] = ("loopback",)
+    plans: tuple[str, ...] = ()
     repeat: int = 20
     warmup: int = 2
 
@@ -73,6 +80,7 @@ class Case:
     threads: int
     repeat: int
     warmup: int
+    plan: str = DEFAULT_PLAN
 
     def key(self, sha256: str) -> Key:
         """What the row is known by.
@@ -80,12 +88,15 @@ class Case:
         Args:
             sha256: of the model.
         """
-        return Key(sha256, self.backend, self.network, self.threads, self.batch, self.repeat)
+        return Key(
+            sha256, self.backend, self.network, self.threads, self.batch, self.repeat, self.plan
+        )
 
     def __str__(self) -> str:
         return (
             f"{self.model}, {self.backend}, {self.network}, batch {self.batch}, "
             f"{self.threads} thread(s)"
+            + (f", plan {self.plan}" if self.plan != DEFAULT_PLAN else "")
         )
 
 
@@ -98,8 +109,11 @@ class Outcome:
     failures: list[tuple[Case, PiError]] = field(default_factory=list)
 
 
-def read_scenario(path: Path) -> list[Case]:
+def read_scenario(path: Path, plan: str = DEFAULT_PLAN) -> list[Case]:
     """The cases of a scenario, each once, model by model.
+
+    Args:
+        plan: of the grids that name none.
 
     Raises:
         UsageError: the file is missing or wrong; the message says where.
@@ -109,7 +123,7 @@ def read_scenario(path: Path) -> list[Case]:
         raise UsageError(f"{path}: there is no [[grid]]")
     cases: dict[Case, None] = {}
     for number, grid in enumerate(grids, start=1):
-        cases |= dict.fromkeys(_cases(grid, f"{path}: grid {number}"))
+        cases |= dict.fromkeys(_cases(grid, plan, f"{path}: grid {number}"))
     order = list(dict.fromkeys(case.model for case in cases))
     return sorted(cases, key=lambda case: order.index(case.model))
 
@@ -167,10 +181,11 @@ def _measurement(case: Case, path: Path, timeouts: Timeouts | None) -> Measureme
         repeat=case.repeat,
         warmup=case.warmup,
         timeouts=timeouts or Timeouts(),
+        plan=case.plan,
     )
 
 
-def _cases(grid: Grid, where: str) -> list[Case]:
+def _cases(grid: Grid, plan: str, where: str) -> list[Case]:
     _check(grid, where)
     names = [
         name
@@ -180,9 +195,13 @@ def _cases(grid: Grid, where: str) -> list[Case]:
         )
     ]
     return [
-        Case(model, backend, network, batch, threads, grid.repeat, grid.warmup)
-        for model, backend, network, batch, threads in itertools.product(
-            names, grid.backends, grid.networks, grid.batch, grid.threads
+        Case(model, backend, network, batch, threads, grid.repeat, grid.warmup, precision)
+        for model, backend in itertools.product(names, grid.backends)
+        for network, batch, threads, precision in itertools.product(
+            grid.networks,
+            grid.batch,
+            grid.threads,
+            (grid.plans or (plan,)) if backend == WITH_PLANS else (DEFAULT_PLAN,),
         )
     ]
 
@@ -191,6 +210,9 @@ def _check(grid: Grid, where: str) -> None:
     for name in ("models", "backends", "batch", "threads", "networks"):
         if not getattr(grid, name):
             raise UsageError(f"{where}: {name} is empty")
+    for name in grid.plans:
+        if name not in PLANS:
+            raise UsageError(f"{where}: plans are {', '.join(PLANS)}, not {name!r}")
     for name in ("batch", "threads"):
         if min(getattr(grid, name)) < 1:
             raise UsageError(f"{where}: {name} must be 1 or more")

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .sheet import plan_of
 from .table import size
 
 
@@ -26,6 +27,9 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             ("threads", "threads_per_party"),
         )
     }
+    plans = [plan_of(row) for row in rows]
+    if set(plans) != {"default"}:
+        parameters["plan"] = plans
     same = {name: cells[0] for name, cells in parameters.items() if len(set(cells)) == 1}
     varying = [name for name in parameters if name not in same]
     said = "".join(f", {name} {cell}" for name, cell in same.items())

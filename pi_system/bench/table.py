@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from .schema import Latency, Result
+from .schema import Accuracy, FixedPoint, Latency, Result
 
 
 def print_result(console: Console, result: Result, *, predictions: bool, layers: bool) -> None:
@@ -60,7 +60,7 @@ def print_result(console: Console, result: Result, *, predictions: bool, layers:
     agreed = round(accuracy.argmax_agreement * accuracy.answers)
     console.print(
         f"Agreement with plaintext: {agreed} of {accuracy.answers} answers, "
-        f"largest logit error {accuracy.max_abs_error:.2g}{_stated(result)}."
+        f"largest logit error {accuracy.max_abs_error:.2g}{stated(result.fixed_point, accuracy)}."
     )
     if accuracy.correct is not None:
         console.print(
@@ -81,8 +81,8 @@ def print_work(
             console.print(f"{prefix}{role}, ms of an inference: {spent}.", markup=False)
 
 
-def _stated(result: Result) -> str:
-    plan, accuracy = result.fixed_point, result.accuracy
+def stated(plan: FixedPoint | None, accuracy: Accuracy) -> str:
+    """What the plan says of the error, behind an error measured; nothing without a plan."""
     if plan is None:
         return ""
     return f" (the {plan.plan} plan states {plan.error:.2g}), {accuracy.retries} retries"

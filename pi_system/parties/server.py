@@ -30,14 +30,14 @@ class ServerSettings(ServingSettings):
     Attributes:
         model: with its weights.
         sha256: the model's hash.
-        dealer: where the dealer listens.
+        dealers: where they listen; a session's is the client's choice.
         plan: the precision to serve at, for a backend that has several.
         keeps: whether the backend has a store, so that sessions without a dealer are possible.
     """
 
     model: Graph
     sha256: str
-    dealer: Address
+    dealers: tuple[Address, ...]
     plan: str = "default"
     keeps: bool = False
 
@@ -157,9 +157,10 @@ class _Session:
         mine = hello.answer("server", settings.backend_name)
         dealer = None
         if hello.dealer:
+            chosen = handshake.dealer_of(hello.session, len(settings.dealers))
             dealer = self._stack.enter_context(
                 connect(
-                    *settings.dealer,
+                    *settings.dealers[chosen],
                     # Less than the client's patience, so that the client hears the reason.
                     retry_for=0.6 * timeouts.step,
                     timeout=timeouts.step,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pi_system.bench import environment, schema
+from pi_system.bench.observation import describe_network
 from pi_system.bench.parity import check_parity
 from pi_system.bench.plaintext import PlaintextTimer
 from pi_system.bench.schema import Accuracy, Latency, Traffic, flatten
@@ -93,11 +94,31 @@ def test_the_environment_names_no_host_user_or_path() -> None:
 
 IDLE: dict[str, Any] = {"cores_usable": 8, "load_average": [0.1, 0.1, 0.1]}
 STEADY = Latency.of([0.010] * 5)
+LOOPBACK = schema.Network("loopback", None, None, {"rtt_ms": 0.1, "mbps": 9000.0})
+
+
+def link(name: str, rtt: float, mbps: float) -> schema.Network:
+    """One that was measured to have these."""
+    return describe_network(name, {"rtt_ms": rtt, "mbps": mbps})
 
 
 def test_a_steady_run_on_an_idle_machine_is_stable() -> None:
-    verdict = judge({"online": STEADY}, STEADY, plaintext_drift=0.02, threads=1, environment=IDLE)
-    assert verdict.stable and verdict.warnings == []
+    for network in (
+        LOOPBACK,
+        link("lan", 0.33, 930),
+        link("wan", 41, 95),
+        link("80:20", 80.5, 19.3),
+        link("40:100:0.01", 40, 11),  # TCP loses its rate with packets
+    ):
+        verdict = judge(
+            {"online": STEADY},
+            STEADY,
+            plaintext_drift=0.02,
+            threads=1,
+            environment=IDLE,
+            network=network,
+        )
+        assert verdict.stable and verdict.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -109,6 +130,11 @@ def test_a_steady_run_on_an_idle_machine_is_stable() -> None:
         ({"plaintext_drift": 0.3}, "plaintext latency changed by 30%"),
         ({"threads": 5}, "two parties of 5 threads share 8 cores"),
         ({"environment": {**IDLE, "load_average": [5.0]}}, "load average 5.0 on 8 cores"),
+        ({"network": link("lan", 0.38, 930)}, "round trip was 0.38 ms and not 0.301 ms"),
+        ({"network": link("wan", 44.2, 95)}, "round trip was 44.2 ms and not 40"),
+        ({"network": link("80:20", 71, 19.3)}, "round trip was 71 ms and not 80"),
+        ({"network": link("lan", 0.3, 860)}, "carried 860 Mbit/s of payload and not 965"),
+        ({"network": link("80:20", 80, 22)}, "carried 22 Mbit/s of payload and not 19.3"),
     ],
 )
 def test_each_reason_for_doubt_is_said(change: dict[str, Any], text: str) -> None:
@@ -118,6 +144,7 @@ def test_each_reason_for_doubt_is_said(change: dict[str, Any], text: str) -> Non
         "plaintext_drift": 0.0,
         "threads": 1,
         "environment": IDLE,
+        "network": LOOPBACK,
         **change,
     }
     online, plaintext = values.pop("online"), values.pop("plaintext")

@@ -64,6 +64,30 @@ def test_a_grid_is_every_combination_once_model_by_model(tmp_path: Path) -> None
     assert cases[0] == Case("random:resnet18@0", "fss", "loopback", 1, 1, 20, 2)
 
 
+def test_plans_are_of_the_grid_or_as_asked_for_and_of_fss_alone(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "x.toml",
+        """
+        [[grid]]
+        models = ["demo"]
+        backends = ["fss", "crypten"]
+        plans = ["default", "high"]
+        [[grid]]
+        models = ["demo-teacher"]
+        backends = ["fss", "crypten"]
+        """,
+    )
+    for asked, last in (("default", "default"), ("high", "high")):
+        cases = read_scenario(path, asked)
+        assert [(case.model, case.backend, case.plan) for case in cases] == [
+            ("demo", "fss", "default"),
+            ("demo", "fss", "high"),
+            ("demo", "crypten", "default"),
+            ("demo-teacher", "fss", last),
+            ("demo-teacher", "crypten", "default"),
+        ]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -77,6 +101,7 @@ def test_a_grid_is_every_combination_once_model_by_model(tmp_path: Path) -> None
         ("[[grid]]\nmodels = ['demo']\nbackends = ['fas']", "unknown backend 'fas'"),
         ("[[grid]]\nmodels = ['demo']\nnetworks = ['moon']", "no network 'moon'"),
         ("[[grid]]\nmodels = ['demo']\nrelus = [5]", "relus go with"),
+        ("[[grid]]\nmodels = ['demo']\nplans = ['low']", "plans are default, high, not 'low'"),
         ("[[grid]]\nmodels = ['random:resnet18']", "needs relus"),
         ("[[grid]]\nmodels = ['random:resnet18']\nrelus = [-1]", 'or "all", not -1'),
         ("[[grid]]\nmodels = ['random:resnet18']\nrelus = ['most']", "not 'most'"),
@@ -212,12 +237,15 @@ def test_a_row_is_known_by_what_was_measured_alone(whole: Path) -> None:
         {"network": {**RESULT["network"], "name": "wan"}},
         {"model": {**RESULT["model"], "sha256": "0" * 64}},
         {"online": online},
+        {"fixed_point": {**RESULT["fixed_point"], "plan": "high"}},
+        {"backend": "crypten", "batch_size": 3, "fixed_point": None},
     ):
         sheet.append(result(**change))
         with pytest.raises(ValueError, match="is there already"):
             sheet.append(result(**change))
-    assert len(Sheet(whole)) == 7
-    assert [int(row["batch_size"]) for row in Sheet(whole).tidy_rows()] == [1, 2, 1, 1, 1, 1, 1]
+    assert len(Sheet(whole)) == 9
+    batches = [int(row["batch_size"]) for row in Sheet(whole).tidy_rows()]
+    assert batches == [1, 2, 1, 1, 1, 1, 1, 1, 3]
 
 
 def test_no_truncation_and_no_garbage_is_taken_for_a_table(whole: Path) -> None:

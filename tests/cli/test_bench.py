@@ -134,6 +134,26 @@ def test_compare_prints_each_format_and_judges_the_answers(
     assert code == 0 and "plaintext" in out and "unstable: " in out and err == ""
 
 
+def test_compare_and_sweep_measure_with_the_plan_asked_for(
+    parties: Callable[[], dict[str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = "random:resnet10w2@100"
+    compared = ["--model", model, "--contender", "fss", "--rounds", "1", "--repeat", "1"]
+    compared += ["--plan", "high", "--tolerance", "9", "--format", "json"]
+    assert common.run(bench.cli, ["compare", *compared]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["contenders"]
+    assert one["fixed_point"]["plan"] == "high"
+
+    scenario, output = tmp_path / "x.toml", tmp_path / "out.csv"
+    scenario.write_text(f'[[grid]]\nmodels = ["{model}"]\nrepeat = 1\nwarmup = 0\n')
+    asked = ["sweep", str(scenario), "--output", str(output)]
+    for plan, said in (("high", "1 measured, 0"), ("default", "1 measured, 0"), ("high", "0 mea")):
+        assert common.run(bench.cli, [*asked, "--plan", plan]) == 0
+        assert capsys.readouterr().err.startswith(said)
+    rows = csv.DictReader(output.read_text().splitlines())
+    assert [row["fixed_point.plan"] for row in rows] == ["high", "default"]
+
+
 def test_sweep_writes_its_table_and_says_what_failed(
     parties: Callable[[], dict[str, int]],
     toy_model: Path,

@@ -98,7 +98,21 @@ def test_round_trips_take_what_they_should(rtt: float) -> None:
             first.recv()
             seconds.append(time.perf_counter() - started)
         thread.join()
-    assert 0.001 * rtt <= statistics.median(seconds) < 0.001 * rtt + 0.002
+    assert 0.00098 * rtt <= statistics.median(seconds) < 0.001 * rtt + 0.002
+
+
+def test_a_local_network_is_as_quick_as_asked_for() -> None:
+    """The least of many, as others may have the processors: no sooner, and hardly later."""
+    with _pair(Link("x", 0.3, 1000)) as (first, second):
+        thread = _in_thread(_echo, second, 200)
+        seconds = []
+        for _ in range(200):
+            started = time.perf_counter()
+            first.send(b"ping")
+            first.recv()
+            seconds.append(time.perf_counter() - started)
+        thread.join()
+    assert 0.00027 < min(seconds) < 0.0004
 
 
 def test_large_messages_take_what_they_should_both_ways_at_once() -> None:
@@ -154,7 +168,7 @@ def test_spinning_and_reading_ahead_change_no_time_on_a_link() -> None:
         started = time.monotonic()
         first.send(b"ping")
         assert first.recv() == b"gnip"
-        assert 1000 * (time.monotonic() - started) >= rtt
+        assert 1000 * (time.monotonic() - started) >= 0.98 * rtt
         with first.reading_ahead(frames * (size + 4)):
             for _ in range(frames):
                 first.send(bytes(size))

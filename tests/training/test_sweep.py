@@ -32,7 +32,8 @@ def base(cifar10: Path, recipe_path: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def student(base: Run, method: str, budget: int, directory: Path) -> Run:
-    chosen = methods.apply(base.recipe, method, budget, seed=1)
+    given = (0,) * 6 + (budget // 3, budget // 3, budget - 2 * (budget // 3))
+    chosen = methods.apply(base.recipe, method, budget, seed=1, relus=given)
     return dataclasses.replace(base, recipe=chosen, directory=directory)
 
 
@@ -227,3 +228,47 @@ def test_bad_sweeps(recipe_path: Path, tmp_path: Path) -> None:
         path.write_text(good.replace(old, new))
         with pytest.raises(UsageError, match=message):
             sweep.load(path)
+
+
+def test_sweeps_side_by_side_share_the_students_out(base: Run, swept: Path, tmp_path: Path) -> None:
+    jobs = sweep.load(swept / "sweep.toml")
+    run = dataclasses.replace(base, directory=tmp_path / "runs", cores=1)
+
+    class Rival(Reporter):
+        """Goes through the same sweep while the first student is being trained."""
+
+        def __init__(self) -> None:
+            self.found: list[str] = []
+
+        def begin(self, stage: str, epochs: int, done: int) -> None:
+            if not self.found:
+                self.found = ["-"]
+                silent = dataclasses.replace(run, reporter=Reporter())
+                documents = sweep.run(jobs, silent, tmp_path / "results")
+                self.found = [f"{d['method']}-{d['relu_budget']}-s{d['seed']}" for d in documents]
+
+    rival = Rival()
+    mine = list(sweep.run(jobs, dataclasses.replace(run, reporter=rival), tmp_path / "results"))
+    assert rival.found == [job.name for job in jobs[1:]], "all but the one in training"
+    assert [d["method"] for d in mine] == [jobs[0].method]
+    assert mine[0]["environment"]["threads"] == 1
+    assert all(sweep.stored(job, tmp_path / "results") for job in jobs)
+
+
+def test_a_sweep_with_given_layer_budgets(recipe_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "given.toml"
+    text = f'recipe = "{recipe_path}"\nmethods = ["senet-given", "senet"]\nseeds = [1]\n'
+    rows = "relus = [[0, 0, 0, 0, 0, 0, 0, 100, 200], [0, 0, 0, 0, 0, 0, 0, 0, 50]]\n"
+    path.write_text(text + "budgets = [300, 50]\n" + rows)
+    jobs = sweep.load(path)
+    assert [
+        (job.name, job.recipe.allocate.rule, sum(job.recipe.allocate.relus)) for job in jobs
+    ] == [
+        ("senet-given-300-s1", "given", 300),
+        ("senet-300-s1", "senet", 0),
+        ("senet-given-50-s1", "given", 50),
+        ("senet-50-s1", "senet", 0),
+    ]
+    path.write_text(text + "budgets = [300, 51]\n" + rows)
+    with pytest.raises(UsageError, match="add up to \\[300, 50\\], not"):
+        sweep.load(path)

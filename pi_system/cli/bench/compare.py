@@ -11,11 +11,11 @@ from . import options
 
 
 @click.command()
-@options.model
 @click.option(
     "--contender", "contenders", multiple=True, metavar="NAME",
-    help="A backend, or crypten-stock, CrypTen as distributed; with -all behind (crypten-all): on "
-    "the version of the model that keeps every ReLU. Again for more. "
+    help="A backend; crypten-stock, CrypTen as distributed; spu-semi2k or spu-cheetah, SecretFlow "
+    "SPU (see --spu-python). With -all behind (crypten-all): on the version of the model that "
+    "keeps every ReLU. Again for more. "
     "[default: fss, crypten, crypten-all, crypten-stock-all]",
 )  # fmt: skip
 @click.option(
@@ -23,34 +23,21 @@ from . import options
     help="Every contender runs once in each, with new processes.",
 )  # fmt: skip
 @click.option(
-    "--repeat", type=click.IntRange(1), default=4, show_default=True,
-    help="Inferences of each contender in a round.",
+    "--spu-python", metavar="FILE", envvar="PI_SPU_PYTHON", show_envvar=True,
+    help="Python of an environment with SecretFlow SPU, for its contenders "
+    "(benchmarks/README.md, Peers).",
 )  # fmt: skip
-@click.option(
-    "--warmup", type=click.IntRange(0), default=1, show_default=True,
-    help="Inferences before these, in each round, that are not counted.",
-)  # fmt: skip
-@options.batch
-@options.threads
-@options.device
-@options.network
-@options.timeout
-@options.agreement
-@options.tolerance
+@options.setting(
+    repeat=4,
+    repeat_help="Inferences of each contender in a round.",
+    warmup_help="Inferences before these, in each round, that are not counted.",
+)
 @common.output_options
 def compare(
-    model: str,
+    setting: options.Setting,
     contenders: tuple[str, ...],
     rounds: int,
-    repeat: int,
-    warmup: int,
-    batch: int,
-    threads: int,
-    device: str,
-    network: str,
-    timeout: float,
-    agreement: float,
-    tolerance: float | None,
+    spu_python: str | None,
     format_: str,
     output: Path | None,
 ) -> None:
@@ -70,20 +57,10 @@ def compare(
     from ...bench.compare import compare as run_comparison
     from ...bench.comparison_table import print_comparison
     from ...bench.schema import flatten
-    from ...parties.timeouts import Timeouts
     from ..progress import Progress
 
     plan = Plan(
-        model=model,
-        contenders=contenders or ALL,
-        rounds=rounds,
-        repeat=repeat,
-        warmup=warmup,
-        batch=batch,
-        threads=threads,
-        device=device,
-        network=network,
-        timeouts=Timeouts(step=timeout),
+        contenders=contenders or ALL, rounds=rounds, spu_python=spu_python, **setting.common()
     )
     with Progress() as progress:
         comparison = run_comparison(plan, progress=progress)
@@ -96,4 +73,4 @@ def compare(
         rows=lambda: [flatten(contender) for contender in value["contenders"]],
     )
     options.warn(comparison.stability.warnings, format_, output)
-    check_answers(comparison, agreement=agreement, tolerance=tolerance)
+    check_answers(comparison, **setting.parity())

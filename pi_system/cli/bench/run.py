@@ -13,7 +13,6 @@ from . import options
 
 
 @click.command()
-@options.model
 @click.option("--backend", default=DEFAULT, show_default=True, help="Backend to measure.")
 @click.option(
     "--images", type=click.IntRange(1, 100_000), default=None,
@@ -28,41 +27,20 @@ from . import options
     "--labels-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.npy",
     help="Their labels, (N,) integers.",
 )  # fmt: skip
-@common.plan_option
-@click.option(
-    "--repeat", type=click.IntRange(1), default=5, show_default=True,
-    help="At least so many inferences; every image is classified once in any case.",
-)  # fmt: skip
-@click.option(
-    "--warmup", type=click.IntRange(0), default=1, show_default=True,
-    help="Inferences before these that are not counted.",
-)  # fmt: skip
-@options.batch
-@options.threads
-@options.device
-@options.network
-@options.timeout
-@options.agreement
-@options.tolerance
+@options.setting(
+    repeat=5,
+    repeat_help="At least so many inferences; every image is classified once in any case.",
+    warmup_help="Inferences before these that are not counted.",
+)
 @click.option("--predictions", is_flag=True, help="List every image's predictions in the table.")
 @click.option("--layers", is_flag=True, help="List every layer's bytes and times in the table.")
 @common.output_options
 def run(
-    model: str,
+    setting: options.Setting,
     backend: str,
     images: int | None,
     images_file: Path | None,
     labels_file: Path | None,
-    plan: str,
-    repeat: int,
-    warmup: int,
-    batch: int,
-    threads: int,
-    device: str,
-    network: str,
-    timeout: float,
-    agreement: float,
-    tolerance: float | None,
     predictions: bool,
     layers: bool,
     format_: str,
@@ -83,7 +61,7 @@ def run(
     from ...net import link
 
     common.check_output(output)
-    link.parse(network)
+    link.parse(setting.network)
     if images is not None and images_file is not None:
         raise UsageError("give --images or --images-file, not both")
     if labels_file is not None and images_file is None:
@@ -97,29 +75,20 @@ def run(
     from ...bench.table import print_result
     from ...models import images as model_images
     from ...models import resolve
-    from ...parties.timeouts import Timeouts
 
-    graph = resolve(model)
+    graph = resolve(setting.model)
     if images_file is None:
-        array, labels = model_images(graph, images or batch)
+        array, labels = model_images(graph, images or setting.batch)
     else:
         array, labels = own_images(images_file, labels_file, graph)
     result = measure(
         Measurement(
-            model=model,
             graph=graph,
             backend=backend,
             images=array,
             labels=labels,
-            batch=batch,
-            threads=threads,
-            device=device,
-            network=network,
-            repeat=repeat,
-            warmup=warmup,
-            timeouts=Timeouts(step=timeout),
-            plan=plan,
             every=predictions,
+            **setting.common(),
         ),
         progress=options.say,
     )
@@ -133,7 +102,7 @@ def run(
     )
     options.warn(result.stability.warnings, format_, output)
     trained = is_trained(result.model.dataset)
-    check_parity(result.accuracy, trained=trained, agreement=agreement, tolerance=tolerance)
+    check_parity(result.accuracy, trained=trained, **setting.parity())
 
 
 def own_images(path: Path, labels_file: Path | None, graph: Any) -> Any:

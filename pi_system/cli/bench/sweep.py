@@ -17,13 +17,16 @@ from . import options
     help="The table: .csv, .parquet (needs pyarrow) or .json (raw values and layers too). "
     "Rows it has are not measured again.",
 )  # fmt: skip
+@common.plan_option
 @options.timeout
 @click.option(
     "--format", "format_", type=click.Choice(common.FORMATS), default="table", show_default=True,
     help="Shape in which the finished table is printed on stdout.",
 )  # fmt: skip
-def sweep(scenario: Path, output: Path, timeout: float, format_: str) -> None:
+def sweep(scenario: Path, output: Path, plan: str, timeout: float, format_: str) -> None:
     """Measure every combination that a TOML file lists, into one table.
+
+    --plan is for grids without plans of their own.
 
     Each row is written as soon as it is measured; a sweep that was stopped goes on where it
     was when it is called again. A row that fails does not stop the others; the exit code is
@@ -41,7 +44,7 @@ def sweep(scenario: Path, output: Path, timeout: float, format_: str) -> None:
     from ...parties.timeouts import Timeouts
     from ..progress import Progress
 
-    cases = read_scenario(scenario)
+    cases = read_scenario(scenario, plan)
     sheet = Sheet(output)
     with Progress() as progress:
         outcome = run_sweep(cases, sheet, timeouts=Timeouts(step=timeout), progress=progress)
