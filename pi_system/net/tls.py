@@ -23,6 +23,8 @@ from .framing import abort_message
 ROLES: Final = ("server", "client", "dealer")
 AUTHORITY: Final = "authority.pem"
 ROLE_URI: Final = "urn:pi-system:role:"
+_OF_TIME: Final = (9, 10)
+"""OpenSSL's codes for a certificate that is not valid yet, or no more."""
 _FAREWELL: Final = 0.5
 """Seconds a refused peer has to read why."""
 
@@ -124,7 +126,8 @@ class Identity:
 def _named(error: OSError, who: str, seconds: float) -> PeerError | RefusedError:
     """The failure of a handshake as one of this package's errors."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return RefusedError(f"the {who}'s certificate: {error.verify_message}")
+        clock = " (or the clock of this machine is wrong)" if error.verify_code in _OF_TIME else ""
+        return RefusedError(f"the {who}'s certificate: {error.verify_message}{clock}")
     if isinstance(error, TimeoutError):
         return PeerTimeout(f"the {who} did not finish TLS within {seconds:g} s")
     if isinstance(error, ssl.SSLError):

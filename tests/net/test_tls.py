@@ -213,21 +213,23 @@ def test_another_role_is_refused_by_the_connecting_side(certs: Path) -> None:
     assert str(client) == "a dealer was expected, the certificate is for a server"
 
 
-def test_an_expired_certificate_is_refused(
-    certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("days", "reason"), [(-3, "has expired"), (3, "is not yet valid")])
+def test_a_certificate_of_another_time_is_refused_and_the_clock_named(
+    certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int, reason: str
 ) -> None:
     for name in ("authority.pem", "authority.key"):
         (tmp_path / name).write_bytes((certs / name).read_bytes())
 
-    class Past(datetime):
+    class Shifted(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
-            return datetime.now(tz) - timedelta(days=3)
+            return datetime.now(tz) + timedelta(days=days)
 
-    monkeypatch.setattr(certificates, "datetime", Past)
+    monkeypatch.setattr(certificates, "datetime", Shifted)
     certificates.make(tmp_path, roles=["client"], days=1)
     server, client = _meet(_server(certs), _client(tmp_path))
-    assert isinstance(server, RefusedError) and "expired" in str(server)
+    assert isinstance(server, RefusedError)
+    assert f"certificate {reason} (or the clock of this machine is wrong)" in str(server)
     assert isinstance(client, RefusedError)
 
 
