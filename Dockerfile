@@ -12,9 +12,11 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends ${BUILD_PACKAGES} \
  && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1
-# What a party imports: the dependencies in pyproject.toml without torch and pandas.
+# What a party imports: the dependencies in pyproject.toml without torch and pandas, and what the
+# server's --ledger needs.
 RUN python3 -m venv --without-pip /venv \
- && pip --python /venv/bin/python install click cryptography numpy rich safetensors
+ && pip --python /venv/bin/python install click cryptography numpy prometheus-client rich safetensors \
+      "psycopg[binary]"
 WORKDIR /source
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY native native

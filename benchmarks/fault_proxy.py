@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from pi_system.net.framing import ABORT, HEADER
+from pi_system.net.framing import ABORT, END, HEADER
 
 KINDS: Final = ("kill sender", "kill receiver", "reset", "stall", "truncation", "bit flip")
 _FULL_RECORD: Final = 16384 + 17
-_COMMAND: Final = re.compile(rb"(setup|ping|load|prepare|offline|online|close)( [0-9]+)?")
+_COMMAND: Final = re.compile(rb"(setup|ping|load|prepare|offline|online)( [0-9]+)?")
 _PHASE: Final = {"ping": "probe", "load": "probe", "prepare": "offline"}
 
 
@@ -160,6 +160,8 @@ class Proxy:
     def _note(self, sender: str, message: bytes, continued: bool) -> None:
         wire = self._wire
         if not self._tls and (self.link, sender) == ("client-server", "client"):
+            if message == HEADER.pack(END):
+                wire.phase = "close"
             command = _COMMAND.fullmatch(message[HEADER.size :])
             if command is not None:
                 verb = command[1].decode()
@@ -176,6 +178,8 @@ class Proxy:
         if len(head) < HEADER.size:
             return head
         (size,) = HEADER.unpack(head)
+        if size == END:
+            return head
         if size == ABORT:
             head += _exactly(source, HEADER.size)
             (size,) = HEADER.unpack(head[-HEADER.size :])

@@ -112,7 +112,7 @@ def _settings(work: Work) -> Any:
     if work.store is not None:
         base.open_store(backend, work.store, "client")
     return ClientSettings(
-        Address(*work.server), Address(*work.dealer), backend, "fss",
+        Address(*work.server), (Address(*work.dealer),), backend, "fss",
         identity=Identity.of(work.certs, "client"),
     )  # fmt: skip
 

@@ -128,6 +128,17 @@ NAMES = {
     "crypten-all": "CrypTen, all ReLUs",
     "crypten-stock": "CrypTen as distributed",
     "crypten-stock-all": "CrypTen as distributed, all ReLUs",
+    "spu-semi2k": "SPU, SEMI2K",
+    "spu-semi2k-all": "SPU, SEMI2K, all ReLUs",
+    "spu-cheetah": "SPU, Cheetah",
+    "spu-cheetah-all": "SPU, Cheetah, all ReLUs",
+}
+PARTIES_OF = {
+    "fss": "2, and a dealer offline",
+    "crypten": "2, and a dealer offline",
+    "crypten-stock": "2, and a dealer online",
+    "spu-semi2k": "2, the first trusted to deal",
+    "spu-cheetah": "2, no dealer",
 }
 
 
@@ -285,10 +296,54 @@ def networks_row(row: Mapping[str, Any]) -> Row:
     )
 
 
-def published_rows(document: Mapping[str, Any]) -> list[Row]:
-    """What papers say of themselves, and of each other, as their texts have it."""
+def published_rows(document: Mapping[str, Any], folder: Path) -> list[Row]:
+    """What papers say of themselves, and of each other, as their texts have it; below, what was
+    measured here, from result files.
+
+    Args:
+        folder: that the names of ``ours`` are relative to.
+    """
     keys = ("system", "parties", "evaluated", "link", "latency", "traffic", "hardware", "source")
-    return [tuple(str(one[key]) for key in keys) for one in document["published"]]
+    rows = [tuple(str(one[key]) for key in keys) for one in document["published"]]
+    for name in document["ours"]:
+        held = json.loads((folder / name).read_text())
+        if isinstance(held, list):
+            rows += [_ours(name, one, one["backend"], one) for one in held]
+        else:
+            peers = [one for one in held["contenders"] if one.get("whole")]
+            rows += [_ours(name, held, one["name"], one) for one in peers]
+    return rows
+
+
+def _ours(source: str, result: Mapping[str, Any], system: str, measured: Mapping[str, Any]) -> Row:
+    """``measured`` is a backend's or peer's part of ``result``."""
+    model, environment = measured["model"], result["environment"]
+    link, threads = result["network"], result["threads_per_party"]
+    if "rtt_ms" in link and link["rtt_ms"] is not None:
+        shaped = f"emulated, {link['rtt_ms']:g} ms, {link['mbps']:g} Mbit/s"
+    else:
+        shaped = "loopback"
+    whole = measured.get("whole")
+    if whole:
+        latency = f"{whole['latency_ms']['median'] / 1e3:.3g} s, the whole"
+        carried = whole["interface_bytes"]
+        traffic = "" if carried is None else f"{carried / 1e6:.3g} MB, the whole"
+    else:
+        online, offline = (measured[phase] for phase in ("online", "offline"))
+        seconds = [one["latency_ms"]["median"] / 1e3 for one in (online, offline)]
+        latency = f"{seconds[0]:.3g} s online, {seconds[1]:.3g} s offline"
+        traffic = f"{_megabytes(online)} MB online, {_megabytes(offline)} MB offline"
+    return (
+        f"measured here: {NAMES.get(system, system)}",
+        PARTIES_OF[system.removesuffix("-all")],
+        f"{model['name']}, {model['relu_kept']:,} of {model['relu_total']:,} ReLUs",
+        shaped,
+        latency,
+        traffic,
+        f"{environment['cpu']}, {environment['cores']} cores for all parties, {threads} thread "
+        "per party",
+        Path(source).name,
+    )
 
 
 def network_row(row: Mapping[str, Any]) -> Row:
@@ -400,7 +455,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
             [note for document in documents for note in compare_notes(document)],
         )
     if given.table == "published":
-        return markdown(PUBLISHED, [row for d in documents for row in published_rows(d)])
+        pairs = zip(documents, given.files, strict=True)
+        return markdown(PUBLISHED, [row for d, p in pairs for row in published_rows(d, p.parent)])
     if given.table == "network":
         return markdown(NETWORK, [network_row(row) for d in documents for row in d["rows"]])
     if given.table == "pingpong":

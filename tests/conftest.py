@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pi_system.backends.base import Database
 from pi_system.graph import serialize
 
 TESTS = Path(__file__).resolve().parent
@@ -25,14 +27,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-frames", type=int, default=20_000, help="mutated frames in test_fuzz")
 
 
-@pytest.fixture(scope="session")
-def toys() -> ModuleType:
-    """The module ``toy_backends``, which child processes import by that name."""
-    spec = importlib.util.spec_from_file_location("toy_backends", TESTS / "toy_backends.py")
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def toys() -> ModuleType:
+    """The module ``toy_backends``, which child processes import by that name."""
+    return _load("toy_backends")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL cluster for this run: a ``Cluster`` of tests/postgres.py."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed", exc_type=ImportError)
+    module = _load("postgres")
+    programs = module.programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
+    cluster = module.Cluster(programs)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def database(postgres: Any) -> Database:
+    """An empty database of that cluster."""
+    return Database(postgres.empty())
 
 
 @pytest.fixture

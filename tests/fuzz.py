@@ -53,7 +53,8 @@ from pi_system.errors import PeerError, PiError, ProtocolError, RefusedError, Us
 from pi_system.graph import serialize
 from pi_system.graph.ir import Graph
 from pi_system.net import channel as channels
-from pi_system.net.channel import Channel, PeerClosed
+from pi_system.net.channel import Channel, PeerClosed, PeerLost
+from pi_system.net.framing import END
 from pi_system.net.meter import Clock
 from pi_system.parties import client as client_party
 from pi_system.parties import commands, handshake, images, public
@@ -257,7 +258,7 @@ def decoders(graph: Graph) -> list[Target]:
             while True:
                 try:
                     made.recv(limit=256)
-                except PeerClosed:
+                except (PeerClosed, PeerLost):
                     return
 
     def whole_graph(data: bytes) -> None:
@@ -279,14 +280,15 @@ def decoders(graph: Graph) -> list[Target]:
 
     return [
         Target("frames", [frame(b"one") + frame(b""), frame(b"x" * 200) * 2,
-                          HEADER.pack(0xFFFFFFFF) + frame(b"refused for a reason")],
+                          HEADER.pack(0xFFFFFFFF) + frame(b"refused for a reason"),
+                          frame(b"last") + HEADER.pack(END)],
                stream, (PeerError, RefusedError)),
         Target("json", [plan_text, b"[1, 2.5, null]", hello], through(lambda c: c.recv_json())),
         Target("hello", [hello], through(
             lambda c: handshake.receive(c, roles=("client",), backend="fss"))),
         Target("hello's answer", [hello], through(
             lambda c: handshake.hear(c, Hello("x", "0" * 32, "fss", 1), role="client"))),
-        Target("commands", [b"setup", b"offline 3", b"online 12", b"ping", b"close"],
+        Target("commands", [b"setup", b"offline 3", b"online 12", b"ping"],
                through(commands.receive)),
         Target("done", [b"done"], through(commands.await_done)),
         Target("public graph", [graph_bytes, bare_bytes], whole_graph),
@@ -464,7 +466,7 @@ class Recording:
         with (
             mock.patch.object(store, "new_id", name),
             mock.patch.object(pairing, "new_id", name),
-            mock.patch.object(handshake, "new_session", lambda: self.session),
+            mock.patch.object(handshake, "new_session", lambda *which: self.session),
         ):
             yield
 
@@ -525,12 +527,12 @@ class Recording:
     def _server_settings(self, dealer: Address) -> server_party.ServerSettings:
         return server_party.ServerSettings(
             backend=FssBackend(), backend_name="fss", model=self.graph,
-            sha256=self.graph.sha256(), dealer=dealer,
+            sha256=self.graph.sha256(), dealers=(dealer,),
         )  # fmt: skip
 
     def _client(self, server: Address, dealer: Address) -> None:
         settings = client_party.ClientSettings(
-            server=server, dealer=dealer, backend=FssBackend(), backend_name="fss"
+            server=server, dealers=(dealer,), backend=FssBackend(), backend_name="fss"
         )
         shape = self.graph.input.shape
         with client_party.Client(settings) as client:
@@ -548,7 +550,8 @@ class Recording:
         with ExitStack() as stack:
             stack.enter_context(self.repeatable_names())
             made = {
-                peer: stack.enter_context(scripted(data, peer)) for peer, data in streams.items()
+                peer: stack.enter_context(scripted(data + HEADER.pack(END), peer))
+                for peer, data in streams.items()
             }
 
             def connect(*where: object, peer: str, **options: Any) -> Channel:
@@ -721,7 +724,7 @@ class Fuzzer:
         errors = (*Sessions.errors, UsageError) if role == "client" else Sessions.errors
         self.judge(
             f"session of the {role}", changed, where,
-            lambda: self.sessions.recording.replay(role, streams), errors,
+            lambda *which: self.sessions.recording.replay(role, streams), errors,
         )  # fmt: skip
 
     def judge(

@@ -3,7 +3,7 @@
 A session is driven from the client: ``setup`` once, then ``offline(count)`` to have one-time
 material for ``count`` inferences in memory, then ``online`` once per inference. The server's
 methods are called when the client's are (``parties`` carries the commands); the dealer serves
-until both channels close.
+until they end the session.
 
 A :class:`Keeping` backend can hold material on disk: ``prepare(count)`` lays it in, and
 ``offline``, in this or a later session, takes from it first. A session on stock needs no dealer,
@@ -67,7 +67,7 @@ class ClientSession(Protocol):
 
 class DealerSession(Protocol):
     def run(self) -> None:
-        """Serve until both channels are closed."""
+        """Serve until a party ends the session."""
         ...
 
 
@@ -85,18 +85,33 @@ class Backend(Protocol):
     def dealer(self, server: Channel, client: Channel, options: Options) -> DealerSession: ...
 
 
+@dataclass(frozen=True)
+class Database:
+    """A PostgreSQL database for material that several processes share.
+
+    Attributes:
+        url: ``postgresql://user@host/name``, without a password.
+        password_file: whose first line is the password; without it libpq's own ways count
+            (``PGPASSWORD``, ``PGPASSFILE``).
+    """
+
+    url: str
+    password_file: Path | None = None
+
+
 @runtime_checkable
 class Keeping(Protocol):
     """A backend whose material can outlive a session."""
 
-    def open_store(self, directory: Path, role: str, limit: int | None = None) -> None:
-        """Keep material of this party ("client" or "server") in ``directory`` from now on.
+    def open_store(self, where: Path | Database, role: str, limit: int | None = None) -> None:
+        """Keep material of this party ("client" or "server") in a directory or database.
 
         Args:
             limit: items kept for one pair of client and server.
 
         Raises:
             RefusedError: the directory is in use by another process, or a copy.
+            PeerError: the database cannot be reached.
             PiError: it cannot be used otherwise.
         """
         ...
@@ -169,15 +184,18 @@ def get(name: str) -> Backend:
     return factory()
 
 
-def open_store(backend: Backend, directory: Path, role: str, limit: int | None = None) -> None:
+def open_store(
+    backend: Backend, where: Path | Database, role: str, limit: int | None = None
+) -> None:
     """See :meth:`Keeping.open_store`.
 
     Raises:
         UsageError: this backend keeps no material.
     """
     if not isinstance(backend, Keeping):
-        raise UsageError(f"the backend {backend.name!r} keeps no one-time material: no --store")
-    backend.open_store(directory, role, limit)
+        option = "--store" if isinstance(where, Path) else "--ledger"
+        raise UsageError(f"the backend {backend.name!r} keeps no one-time material: no {option}")
+    backend.open_store(where, role, limit)
 
 
 def _entry(name: str) -> str:

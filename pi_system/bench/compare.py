@@ -40,6 +40,7 @@ class Plan:
         repeat: inferences of each contender in a round, each on images of its own.
         warmup: inferences before these in a round, not counted.
         plan: the server's precision, of backend fss.
+        spu_python: of the environment of SecretFlow SPU, if there is one.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Plan:
     network: str = "loopback"
     timeouts: Timeouts = field(default_factory=Timeouts)
     plan: str = "default"
+    spu_python: str | None = None
 
 
 def compare(
@@ -76,7 +78,9 @@ def compare(
     measurement = _measurement(plan)
     timer = measurement.plaintext()
     with tempfile.TemporaryDirectory(prefix="pi-bench-") as folder:
-        entries = [contenders.enter(name, measurement, Path(folder)) for name in names]
+        entries = [
+            contenders.enter(name, measurement, Path(folder), plan.spu_python) for name in names
+        ]
         ends = []
         for number in range(plan.rounds):
             for place in range(len(entries)):

@@ -51,6 +51,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
                 f"{stated(one.fixed_point, one.accuracy)}.",
                 markup=False,
             )
+        if one.whole is not None and one.whole.settings:
+            settings = ", ".join(f"{k} {v}" for k, v in one.whole.settings.items())
+            console.print(f"{one.name}: {settings}.", markup=False)
         if one.not_run is not None:
             console.print(f"{one.name} not run: {one.not_run}", markup=False)
     for warning in comparison.stability.warnings:

@@ -130,11 +130,16 @@ class Entry:
 
 @dataclass
 class PeerEntry:
-    """A peer's sessions so far; see :class:`Entry`."""
+    """A peer's sessions so far; see :class:`Entry`.
+
+    Attributes:
+        python: see :class:`~pi_system.bench.peers.PeerRun`.
+    """
 
     name: str
     plan: Measurement
     expected: npt.NDArray[np.float32]
+    python: str | None = None
     failure: PiError | None = None
     seen: list[peers.PeerReport] = field(default_factory=list)
     measured: Final[tuple[dict[str, float], ...]] = ()
@@ -162,6 +167,7 @@ class PeerEntry:
                         repeat=plan.repeat,
                         warmup=plan.warmup,
                         threads=plan.threads,
+                        python=self.python,
                     )
                 )
             )
@@ -190,21 +196,27 @@ class PeerEntry:
             whole=Whole(
                 latency_ms=Latency.of(value for report in self.seen for value in report.seconds),
                 interface_bytes=round(statistics.median(carried)) if carried else None,
+                settings=self.seen[0].settings,
             ),
         )
 
 
-def enter(name: str, plan: Measurement, folder: Path) -> Entry | PeerEntry:
+def enter(
+    name: str, plan: Measurement, folder: Path, python: str | None = None
+) -> Entry | PeerEntry:
     """A contender for measurements like ``plan``.
 
     Args:
         plan: of the model compared, whatever its backend.
         folder: for the models, which the parties read there: making a random one takes seconds.
+        python: for a peer with an environment of its own.
     """
     graph = with_all_relus(plan.model, plan.graph) if name.endswith(ALL) else plan.graph
     path = folder / graph.sha256()
     if not path.exists():
         serialize.save(path, graph)
     mine = dataclasses.replace(plan, model=str(path), graph=graph, backend=backend_of(name))
-    kind = PeerEntry if mine.backend in peers.NAMES else Entry
-    return kind(name, mine, run_plaintext(graph, plan.images))
+    expected = run_plaintext(graph, plan.images)
+    if mine.backend in peers.NAMES:
+        return PeerEntry(name, mine, expected, python)
+    return Entry(name, mine, expected)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any, Final, Literal, Self
 
@@ -270,10 +270,12 @@ class Whole:
     """An inference of a peer (:mod:`.peers`), whose phases cannot be told apart: from holding the
     image to holding the logits, the making of triples included. ``interface_bytes`` is what the
     loopback interface carried meanwhile, headers included; null where the system does not tell.
+    ``settings`` are its version and how it was set, as it says itself.
     """
 
     latency_ms: Latency
     interface_bytes: float | None
+    settings: dict[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ import numpy.typing as npt
 from ..errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
 from .framing import (
     BUFFER,
+    END,
     HEADER,
     Array,
     Data,
@@ -47,6 +48,7 @@ from .framing import (
 )
 from .framing import MAX_FRAME as MAX_FRAME
 from .framing import PeerClosed as PeerClosed
+from .framing import PeerLost as PeerLost
 from .link import Link, Shaped
 from .meter import Direction, Meter
 from .tls import ROLES, Identity, refused, role_of
@@ -77,6 +79,7 @@ class Channel:
             :meth:`spinning`.
         role: what the peer's certificate speaks for; ``None`` without TLS.
         tap: called with the direction and the payload of every whole frame (see ``net/tap.py``).
+        ended: whether the peer has ended the session.
         who: the peer for limits and logs: its certificate's fingerprint or else its address, as it
             was at the beginning.
         while_silent: called several times a second with the seconds of the peer's silence, while
@@ -107,7 +110,7 @@ class Channel:
         self.while_silent: Callable[[float], None] | None = None
         self._raw = sock
         self._socket = sock if link is None else Shaped(sock, link)
-        self._closed = self._failed = False
+        self._closed = self._failed = self.ended = False
         self._buffer = bytearray(BUFFER)
         self._start = self._end = 0
         self._ahead = 0
@@ -129,7 +132,8 @@ class Channel:
 
         Raises:
             ProtocolError: the frame is longer.
-            PeerClosed: the connection was closed before the frame began.
+            PeerClosed: the peer has ended the session instead.
+            PeerLost: the connection was closed.
             PeerTimeout, PeerError: the peer was silent for too long, or lost.
         """
         incoming = Incoming(limit=limit)
@@ -235,8 +239,30 @@ class Channel:
             self._socket.shutdown(socket.SHUT_WR)
         self.close()
 
+    def end(self) -> None:
+        """Tell the peer, unless it has said so itself, that the session is over, and close.
+
+        The peer's next receive raises :class:`PeerClosed`. Ends and aborts are not counted.
+        """
+        if not (self._closed or self._failed or self.ended):
+            with contextlib.suppress(OSError):
+                self._socket.send(HEADER.pack(END))
+                self._socket.shutdown(socket.SHUT_WR)
+        self.close()
+
+    def await_end(self) -> None:
+        """Wait for the peer's :meth:`end`, unless it has come already.
+
+        Raises:
+            PeerError: the peer was lost, or sent something else.
+        """
+        if not self.ended:
+            with contextlib.suppress(PeerClosed):
+                self.recv(0)
+                raise ProtocolError(f"the {self.peer} sent a message after the session was over")
+
     def close(self) -> None:
-        """Close the connection; a second call does nothing."""
+        """Close the connection and say nothing; a second call does nothing."""
         if not self._closed:
             self._closed = True
             self._socket.close()
@@ -250,7 +276,10 @@ class Channel:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if value is None:
+            self.end()
+        else:
+            self.close()
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -306,6 +335,9 @@ class Channel:
             self._failed = True
             self.close()
             raise refused(error, self.peer) from error
+        except PeerClosed:
+            self.ended = True
+            raise
         except (PeerError, RefusedError):
             self._failed = True
             if pending:
@@ -353,8 +385,8 @@ class Channel:
                 return moved
             if count == 0:
                 if incoming.begun:
-                    raise PeerError(f"lost the {self.peer} in the middle of a message")
-                raise PeerClosed(f"the {self.peer} closed the connection")
+                    raise PeerLost(f"lost the {self.peer} in the middle of a message")
+                raise PeerLost(f"lost the {self.peer}: it closed the connection")
             moved = True
             if direct is None:
                 self._start, self._end = 0, count
@@ -411,7 +443,7 @@ class Channel:
             incoming = Incoming()
             try:
                 self._receive_some(incoming, deadline)
-            except PeerClosed:
+            except PeerLost:
                 return
             except (PeerError, RefusedError):
                 self.close()

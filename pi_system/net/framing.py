@@ -1,7 +1,8 @@
 """Frames on the wire: four bytes of length (little endian) and a payload.
 
 The length 0xFFFFFFFF opens an abort: one more length and a short reason, after which the peer
-closes. Every length is checked before anything is allocated.
+closes. The length 0xFFFFFFFE alone is the orderly end: a connection that closes without one of the
+two is a lost peer. Every length is checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MAX_FRAME: Final = 1 << 30
 MIN_RATE: Final = 1 << 18
 """Bytes per second that a frame under way must keep on average."""
 ABORT: Final = 0xFFFF_FFFF
+END: Final = 0xFFFF_FFFE
 ABORT_LIMIT: Final = 1 << 10
 _TLS_RECORDS: Final = (b"\x15\x03", b"\x16\x03")
 """How a TLS alert and a TLS handshake begin."""
@@ -32,7 +34,11 @@ BUFFER: Final = 1 << 16
 
 
 class PeerClosed(PeerError):
-    """The peer closed the connection between two frames: the orderly end of a session."""
+    """The peer has ended the session in an orderly way, between two frames."""
+
+
+class PeerLost(PeerError):
+    """The connection closed and the peer had not said that it ends the session."""
 
 
 class Deadline:
@@ -121,6 +127,8 @@ class Incoming:
         elif size == ABORT:
             self._aborting, self._into, self._header = True, None, bytearray()
             return
+        elif size == END:
+            raise PeerClosed(f"the {peer} ended the session")
         elif self._into is not None and size != len(self._into):
             raise ProtocolError(
                 f"the {peer} sent a message of {size} bytes where {len(self._into)} were expected"

@@ -180,9 +180,12 @@ def require_loopback(host: str) -> None:
     Raises:
         UsageError: ``host`` is not loopback.
     """
-    if host == "localhost":
-        return
+    if not is_loopback(host):
+        raise UsageError(f"--insecure is for loopback only, not for {host}; use --certs DIR")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine."""
     with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return
-    raise UsageError(f"--insecure is for loopback only, not for {host}; use --certs DIR")
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

@@ -31,3 +31,8 @@ def parse_address(text: str) -> Address:
     if not host or not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise UsageError(f"{text!r} is no address; write HOST:PORT, as in 127.0.0.1:7000")
     return Address(host, int(port))
+
+
+def parse_addresses(text: str) -> tuple[Address, ...]:
+    """Several of them, separated by commas."""
+    return tuple(parse_address(one.strip()) for one in text.split(","))

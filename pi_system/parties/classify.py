@@ -114,7 +114,7 @@ def classify(
         megabits = _bandwidth(client, settings, min(round_trips))
         batches = _batches(len(inputs), settings.batch)
         total = warmup + max(repeat, len(batches))
-        if settings.dealer is None and client.stock < total:
+        if not settings.dealers and client.stock < total:
             raise RefusedError(
                 f"there is one-time material for {client.stock} inferences in the store, not for "
                 f"{total}, and no dealer to make more: prepare some with a dealer first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends.base import Backend, Keeping, KeepingSession, Options
-from ..errors import PiError, ProtocolError, RefusedError, UsageError
+from ..errors import PeerTimeout, PiError, ProtocolError, RefusedError, UsageError
 from ..net.channel import Channel, connect
 from ..net.link import Link
 from ..net.meter import Meter
@@ -28,7 +29,8 @@ class ClientSettings:
     """Whom to ask and how.
 
     Attributes:
-        dealer: ``None`` for a session on material that is in stock on both sides.
+        dealers: in the server's order; one of them that answers is taken. None for a session on
+            material that is in stock on both sides.
         batch: images per inference.
         threads: of this party.
         link: the emulated network on every connection; None for none.
@@ -38,7 +40,7 @@ class ClientSettings:
     """
 
     server: Address
-    dealer: Address | None
+    dealers: tuple[Address, ...]
     backend: Backend
     backend_name: str
     batch: int = 1
@@ -71,7 +73,7 @@ class Client:
             RefusedError: the parties do not agree on version, backend or session.
             UsageError: the backend needs a dealer, and none is named.
         """
-        if settings.dealer is None and not isinstance(settings.backend, Keeping):
+        if not settings.dealers and not isinstance(settings.backend, Keeping):
             raise UsageError(f"the backend {settings.backend_name!r} needs a dealer")
         self.meter = Meter()
         self._settings = settings
@@ -80,27 +82,14 @@ class Client:
         self._channels: dict[str, Channel] = {}
         step = settings.timeouts.step
         try:
-            peers = [("server", settings.server)]
-            if settings.dealer is not None:
-                peers.insert(0, ("dealer", settings.dealer))
-            self._channels = {
-                peer: self._stack.enter_context(
-                    connect(
-                        *address,
-                        retry_for=step,
-                        timeout=step,
-                        peer=peer,
-                        meter=self.meter,
-                        link=settings.link,
-                        identity=settings.identity,
-                    )
-                )
-                for peer, address in peers
-            }
+            session = handshake.new_session()
+            if settings.dealers:
+                session = self._connect_dealer(settings.dealers)
+            self._connect("server", settings.server, step)
             self._server, dealer = self._channels["server"], self._channels.get("dealer")
             mine = handshake.Hello(
                 "client",
-                handshake.new_session(),
+                session,
                 settings.backend_name,
                 settings.batch,
                 dealer=dealer is not None,
@@ -126,6 +115,32 @@ class Client:
         except BaseException as error:
             self._end(error)
             raise
+
+    def _connect_dealer(self, dealers: tuple[Address, ...]) -> str:
+        """Connect to one that answers; a session's name that says which."""
+        patience = self._settings.timeouts.step / len(dealers)
+        *others, last = order(len(dealers))
+        for chosen in others:
+            # One that is being replaced may have no address at the moment.
+            with contextlib.suppress(PeerTimeout, UsageError):
+                self._connect("dealer", dealers[chosen], patience)
+                return handshake.new_session(chosen, len(dealers))
+        self._connect("dealer", dealers[last], patience)
+        return handshake.new_session(last, len(dealers))
+
+    def _connect(self, peer: str, address: Address, patience: float) -> None:
+        settings = self._settings
+        self._channels[peer] = self._stack.enter_context(
+            connect(
+                *address,
+                retry_for=patience,
+                timeout=settings.timeouts.step,
+                peer=peer,
+                meter=self.meter,
+                link=settings.link,
+                identity=settings.identity,
+            )
+        )
 
     def setup(self) -> None:
         """Everything needed once per session."""
@@ -202,8 +217,6 @@ class Client:
 
     def close(self) -> None:
         """End the session in an orderly way."""
-        with contextlib.suppress(PiError):
-            commands.send(self._server, Command("close"))
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -229,6 +242,11 @@ class Client:
     def _wait(self, seconds: float) -> None:
         for channel in self._channels.values():
             channel.timeout = seconds
+
+
+def order(dealers: int) -> list[int]:
+    """In which to try them, so that every dealer gets its part of the sessions."""
+    return random.sample(range(dealers), dealers)
 
 
 def _comma(shape: tuple[int, ...]) -> str:

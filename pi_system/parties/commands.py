@@ -2,8 +2,8 @@
 
 ``setup``, ``prepare N`` (lay in material of N inferences for later), ``offline N`` (have that of
 N inferences at hand), ``online I`` (the I-th inference), ``ping``, ``load N`` (a frame of N
-meaningless bytes follows) and ``close``. The server answers ``done`` to all but online, whose
-answer is the backend's, and close.
+meaningless bytes follows). The server answers ``done`` to all but online, whose answer is the
+backend's. The session ends with :meth:`.net.channel.Channel.end` on every connection.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Final, Literal, NamedTuple, cast
 from ..errors import ProtocolError
 from ..net.channel import Channel
 
-Verb = Literal["setup", "prepare", "offline", "online", "ping", "load", "close"]
+Verb = Literal["setup", "prepare", "offline", "online", "ping", "load"]
 
 DONE: Final = b"done"
 MAX_OFFLINE: Final = 1_000_000
 MAX_LOAD: Final = 1 << 26
 _LIMIT: Final = 64
 _NUMBERED: Final = ("prepare", "offline", "online", "load")
-_COMMAND: Final = re.compile(rb"(setup|ping|close)|(prepare|offline|online|load) ([0-9]{1,9})")
+_COMMAND: Final = re.compile(rb"(setup|ping)|(prepare|offline|online|load) ([0-9]{1,9})")
 
 
 class Command(NamedTuple):

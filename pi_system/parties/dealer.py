@@ -168,6 +168,9 @@ class Dealer:
                     grant=partial(self._grant, named["session"], named["who"]),
                 )  # fmt: skip
                 settings.backend.dealer(server, client, options).run()
+                for channel in (server, client):
+                    channel.timeout = settings.timeouts.step
+                    channel.await_end()
             except Exception as error:
                 known = isinstance(error, PiError)
                 for channel in (server, client):

@@ -18,7 +18,7 @@ from typing import Any, Final
 from ..errors import ProtocolError, RefusedError
 from ..net.channel import Channel
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_BATCH: Final = 1024
 _LIMIT: Final = 4096
 _SESSION: Final = re.compile(r"[0-9a-f]{32}")
@@ -49,9 +49,14 @@ class Hello:
         return dataclasses.replace(self, role=role, backend=backend, version=VERSION)
 
 
-def new_session() -> str:
-    """A fresh name for a session."""
-    return secrets.token_hex(16)
+def new_session(dealer: int = 0, dealers: int = 1) -> str:
+    """A fresh name for a session with one of ``dealers`` dealers, which :func:`dealer_of` tells."""
+    return f"{secrets.randbelow((1 << 128) // dealers) * dealers + dealer:032x}"
+
+
+def dealer_of(session: str, dealers: int) -> int:
+    """Which dealer the client has chosen, by its place in the list that client and server have."""
+    return int(session, 16) % dealers
 
 
 def receive(channel: Channel, *, roles: tuple[str, ...], backend: str) -> Hello:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
@@ -49,14 +49,15 @@ class Metrics:
         self._bytes = Counter(
             "pi_bytes", "Bytes of requests, all peers.", ["phase", "direction"], registry=registry
         )
-        for name, text in (("running", "run"), ("waiting", "wait for a place")):
-            gauge = Gauge(f"pi_sessions_{name}", f"Sessions that {text}.", registry=registry)
-            gauge.set_function(partial(_count, tally, name))
+        gauge = Gauge("pi_sessions_running", "Sessions that run.", registry=registry)
+        gauge.set_function(lambda: tally.running)
+        gauge = Gauge("pi_sessions_waiting", "Sessions that wait for a place.", registry=registry)
+        gauge.set_function(lambda: tally.waiting)
         if tally.material() is not None:
             gauge = Gauge(
                 "pi_material_left", "Inferences whose material is in stock.", registry=registry
             )
-            gauge.set_function(lambda: tally.material() or 0)
+            gauge.set_function(lambda: _number(tally.material()))
 
     def read(self, event: Event) -> None:
         """Count an event."""
@@ -82,8 +83,8 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _count(tally: Tally, name: str) -> float:
-    return float(tally.to_json()[name])
+def _number(value: int | None) -> float:
+    return math.nan if value is None else value
 
 
 @contextlib.contextmanager

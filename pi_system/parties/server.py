@@ -30,14 +30,14 @@ class ServerSettings(ServingSettings):
     Attributes:
         model: with its weights.
         sha256: the model's hash.
-        dealer: where the dealer listens.
+        dealers: where they listen; a session's is the client's choice.
         plan: the precision to serve at, for a backend that has several.
         keeps: whether the backend has a store, so that sessions without a dealer are possible.
     """
 
     model: Graph
     sha256: str
-    dealer: Address
+    dealers: tuple[Address, ...]
     plan: str = "default"
     keeps: bool = False
 
@@ -140,14 +140,12 @@ class _Session:
             client.while_silent = None if self._host is None else self._host.end_when_idle
             try:
                 verb, number = commands.receive(client)
-            except PeerClosed as error:
-                raise PeerClosed("the client has gone without ending the session") from error
+            except PeerClosed:
+                return
             client.while_silent = None
             needs = verb in ("prepare", "offline", "online")
             if (verb == "setup" and ready) or (needs and not ready):
                 raise ProtocolError(f"the client asked for {verb} at the wrong time")
-            if verb == "close":
-                return
             with self._request(verb, number):
                 self._carry_out(session, verb, number)
             ready = ready or verb == "setup"
@@ -159,9 +157,10 @@ class _Session:
         mine = hello.answer("server", settings.backend_name)
         dealer = None
         if hello.dealer:
+            chosen = handshake.dealer_of(hello.session, len(settings.dealers))
             dealer = self._stack.enter_context(
                 connect(
-                    *settings.dealer,
+                    *settings.dealers[chosen],
                     # Less than the client's patience, so that the client hears the reason.
                     retry_for=0.6 * timeouts.step,
                     timeout=timeouts.step,

@@ -64,13 +64,21 @@ class Tally:
     def stopping(self) -> bool:
         return self._admission.closed
 
+    @property
+    def running(self) -> int:
+        return self._admission.running
+
+    @property
+    def waiting(self) -> int:
+        return self._admission.waiting
+
     def material(self) -> int | None:
         """Inferences whose one-time material is in stock."""
         return self._material()
 
     def to_json(self) -> dict[str, Any]:
         """State, sessions, totals, material left and the last errors."""
-        admission = self._admission
+        admission, stock = self._admission, self._material()  # which may have to ask a database
         names = ("sessions", "ended", "failed", "refused", "inferences", "material")
         with self._lock:
             return {
@@ -80,7 +88,7 @@ class Tally:
                 "running": admission.running,
                 "waiting": admission.waiting,
                 "limit": admission.limits.sessions,
-                "stock": self._material(),
+                "stock": stock,
                 "totals": {name: self._totals[name] for name in (*names, "sent", "received")},
                 "peers": list(self._sessions.values()),
                 "errors": list(self._errors),

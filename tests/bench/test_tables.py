@@ -94,6 +94,11 @@ def test_tables_over_networks_and_of_what_was_published(
         head, rule, *rows = tables["main"](arguments).splitlines()
         assert rows
         assert {len(cells(line)) for line in (head, rule, *rows)} == {len(tables[columns])}
+    text = tables["main"](["published", str(BENCHMARKS / "published.json")])
+    ours = [cells(line) for line in text.splitlines() if "measured here" in line]
+    assert {row[0].removeprefix("measured here: ") for row in ours} >= {
+        "fss", "CrypTen", "SPU, SEMI2K", "SPU, Cheetah",
+    }  # fmt: skip
     row = cells(tables["main"](["networks", str(sheet.path)]).splitlines()[2])
     assert row[:6] == ["fss", "1,000", "loopback", "1", "4", "7.5 (7.5)"]
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from pi_system.errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
-from pi_system.net.channel import Channel, Listener, PeerClosed, channel_pair, connect
+from pi_system.net.channel import Channel, Listener, PeerClosed, PeerLost, channel_pair, connect
 from pi_system.net.framing import Deadline
 
 
@@ -81,7 +81,7 @@ def test_an_array_of_another_size_is_a_protocol_error(
         pair[1].recv_array(np.int32, (3,))
 
 
-@pytest.mark.parametrize("length", [11, 2**30 + 1, 2**32 - 2])
+@pytest.mark.parametrize("length", [11, 2**30 + 1, 2**32 - 3])
 def test_a_length_over_the_limit_is_refused_before_its_bytes_come(
     raw: tuple[Channel, socket.socket], length: int
 ) -> None:
@@ -153,8 +153,45 @@ def test_the_end_between_frames_differs_from_the_end_within(
 
     first, second = channel_pair()
     second.close()
-    with first, pytest.raises(PeerClosed, match="the client closed the connection"):
+    with first, pytest.raises(PeerLost, match="lost the client: it closed the connection"):
         first.recv()
+
+
+@pytest.mark.parametrize("sending", [False, True])
+def test_an_end_is_said_and_heard_once(pair: tuple[Channel, Channel], sending: bool) -> None:
+    first, second = pair
+    second.send(b"last")
+    second.end()
+    assert first.recv() == b"last"
+    with pytest.raises(PeerClosed, match="the client ended the session"):
+        if sending:
+            first.send(bytes(8 << 20))
+        first.recv()
+    if not sending:
+        first.await_end()  # at once, again and again
+        first.await_end()
+    assert first.meter.total("setup", "client", "received") == 4 + len(b"last")
+
+
+def test_an_end_that_does_not_come_or_is_none(pair: tuple[Channel, Channel]) -> None:
+    first, second = pair
+    second.send(b"x")
+    with pytest.raises(ProtocolError, match="sent a message of 1 bytes"):
+        first.await_end()
+    first, second = channel_pair()
+    with first:
+        second.close()
+        with pytest.raises(PeerLost, match="lost the client"):
+            first.await_end()
+
+
+def test_a_channel_that_is_left_by_an_error_says_no_end() -> None:
+    first, second = channel_pair()
+    with first:
+        with contextlib.suppress(KeyError), second:
+            raise KeyError
+        with pytest.raises(PeerLost):
+            first.recv()
 
 
 def test_sending_to_a_lost_peer_is_a_peer_error(raw: tuple[Channel, socket.socket]) -> None:

@@ -133,7 +133,7 @@ def test_the_end_and_the_reason_come_after_the_data() -> None:
     link = Link("x", 20, 100)
     with _pair(link) as (first, second):
         first.send(b"last")
-        first.close()
+        first.end()
         assert second.recv() == b"last"
         with pytest.raises(PeerClosed):
             second.recv()

@@ -61,7 +61,7 @@ class Deployed:
     def client(self, **changes: Any) -> ClientSettings:
         values: dict[str, Any] = {
             "server": self.server.at,
-            "dealer": self.dealer.at,
+            "dealers": (self.dealer.at,),
             "backend": self._backend,
             "backend_name": self._name,
             "timeouts": Timeouts(step=8.0, prepare=20.0),
@@ -73,28 +73,9 @@ Deploy = Callable[..., Deployed]
 
 
 @pytest.fixture
-def deploy(
-    parties: Callable[[], dict[str, int]], toy_model: Path, toys: ModuleType
-) -> Iterator[Deploy]:
-    """Start a dealer and a server; whatever still runs at the end is killed."""
-    from pi_system.backends import base
-
+def launch(parties: Callable[[], dict[str, int]]) -> Iterator[Callable[..., Party]]:
+    """Start a listening party; whatever still runs at the end is killed."""
     with contextlib.ExitStack() as stack:
-
-        def begin(
-            *options: str, dealer: tuple[str, ...] = (), backend: str = "toy_backends:Plain",
-            model: str | None = None, certs: Path | None = None,
-        ) -> Deployed:  # fmt: skip
-            links = ("--insecure",) if certs is None else ("--certs", str(certs))
-            common = ("--listen", "127.0.0.1:0", "--backend", backend, *links)
-            dealers = start("dealer", *common, *dealer)
-            server = start(
-                "server", "--model", model or str(toy_model), "--dealer", str(dealers.at),
-                *common, *options,
-            )  # fmt: skip
-            toy = backend.startswith("toy_backends:")
-            made = getattr(toys, backend.partition(":")[2])() if toy else base.get(backend)
-            return Deployed(dealers, server, made, backend)
 
         def start(*arguments: str) -> Party:
             party = Party(*arguments)
@@ -102,4 +83,27 @@ def deploy(
             stack.callback(party.process.kill)
             return party
 
-        yield begin
+        yield start
+
+
+@pytest.fixture
+def deploy(launch: Callable[..., Party], toy_model: Path, toys: ModuleType) -> Deploy:
+    """Start a dealer and a server."""
+    from pi_system.backends import base
+
+    def begin(
+        *options: str, dealer: tuple[str, ...] = (), backend: str = "toy_backends:Plain",
+        model: str | None = None, certs: Path | None = None,
+    ) -> Deployed:  # fmt: skip
+        links = ("--insecure",) if certs is None else ("--certs", str(certs))
+        common = ("--listen", "127.0.0.1:0", "--backend", backend, *links)
+        dealers = launch("dealer", *common, *dealer)
+        server = launch(
+            "server", "--model", model or str(toy_model), "--dealer", str(dealers.at),
+            *common, *options,
+        )  # fmt: skip
+        toy = backend.startswith("toy_backends:")
+        made = getattr(toys, backend.partition(":")[2])() if toy else base.get(backend)
+        return Deployed(dealers, server, made, backend)
+
+    return begin

@@ -14,7 +14,7 @@ from pi_system.parties.client import Client, ClientSettings
 
 def main(backend: str, server: str, dealer: str, images: str) -> None:
     settings = ClientSettings(
-        parse_address(server), parse_address(dealer), base.get(backend), backend
+        parse_address(server), (parse_address(dealer),), base.get(backend), backend
     )
     array = np.load(images)
     with Client(settings) as client:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import numpy.typing as npt
@@ -122,3 +123,51 @@ def test_material_made_ahead_gives_the_same_answers_and_no_seed_twice(
     assert all(announced[i] == seed for i, seed in used.items() if i)  # all but the first
     assert len(announced) == len(set(announced.values()))
     assert made.dealer.stop()[0] == 0
+
+
+def test_a_dealer_tells_a_session_that_ended_from_one_whose_peer_vanished(
+    deploy: Callable[..., Any],
+) -> None:
+    """Between two items, where neither side owes the other a message."""
+    made = deploy(backend="fss", dealer=("--metrics", "0"))
+
+    def begun() -> Client:
+        client = Client(made.client())
+        client.setup()
+        client.offline(1)
+        return client
+
+    def last(number: int) -> dict[str, Any]:
+        """The dealer's status once so many sessions are over."""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            with urlopen(f"http://{made.dealer.metrics}/status", timeout=5) as answer:
+                status: dict[str, Any] = json.load(answer)
+            if status["totals"]["ended"] + status["totals"]["failed"] == number:
+                return status
+            time.sleep(0.02)
+        raise AssertionError(status)
+
+    begun().close()
+    status = last(1)
+    assert status["totals"]["ended"] == 1 and not status["errors"]
+
+    client = begun()
+    for channel in client._channels.values():
+        channel.cut()  # what the system does for a process that was killed
+    error = last(2)["errors"][-1]
+    assert (error["event"], error["kind"]) == ("failed", "PeerLost")
+    assert error["error"].startswith("lost the client: ")
+    client.close()
+
+    client = begun()
+    made.server.process.kill()
+    made.server.process.wait()
+    client.close()
+    status = last(3)
+    assert status["errors"][-1]["error"].startswith("lost the server: ")
+    assert status["totals"]["ended"] == 1 and status["totals"]["failed"] == 2
+    with urlopen(f"http://{made.dealer.metrics}/metrics", timeout=5) as answer:
+        assert 'pi_sessions_total{outcome="failed"} 2.0' in answer.read().decode()
+    code, events = made.dealer.stop()
+    assert code == 0 and [e["event"] for e in events if e["event"] == "ended"] == ["ended"]

@@ -49,7 +49,7 @@ class Stage:
             sha256=self.graph.sha256(),
             backend=self.backend,
             backend_name="toy",
-            dealer=self.dealer_at,
+            dealers=(self.dealer_at,),
             timeouts=timeouts,
             log_frames=True,
         )
@@ -70,7 +70,7 @@ class Stage:
     def client(self, **changes: Any) -> ClientSettings:
         values: dict[str, Any] = {
             "server": self.server_at,
-            "dealer": self.dealer_at,
+            "dealers": (self.dealer_at,),
             "backend": self.backend,
             "backend_name": "toy",
             "timeouts": self.timeouts,
@@ -159,7 +159,7 @@ def test_a_server_whose_dealer_never_comes_tells_the_client(
         Listener("127.0.0.1", 0) as other,  # for the client alone, so that it asks the server
         pytest.raises(PeerError, match="the server gave up: cannot reach the dealer"),
     ):
-        Client(made.client(dealer=Address(other.host, other.port)))
+        Client(made.client(dealers=(Address(other.host, other.port),)))
     with pytest.raises(PeerError, match="cannot reach the dealer"):
         made.server.result(5)
 
@@ -244,7 +244,7 @@ def test_a_silent_peer_ends_the_session_in_time(
     with pytest.raises(PeerError):
         classify(made.client(), toy_images)
     assert time.monotonic() - started < 5
-    made.dealer.result(10)
+    assert isinstance(made.dealer.exception(10), PeerError)
 
 
 def test_a_bug_in_a_backend_closes_the_session_without_its_details(

@@ -34,12 +34,15 @@ class Text:
         return bytes(data)
 
 
-@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("kind", ["memory", "disk", "postgres"])
 def test_threads_that_claim_from_one_pair_never_get_one_item_twice(
-    tmp_path: Path, disk: bool
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
 ) -> None:
     codec: Any = Text()
-    with Store(tmp_path / "store" if disk else None, "client", limit=1000) as store:
+    where: Any = {"memory": None, "disk": tmp_path / "store"}.get(kind)
+    if kind == "postgres":
+        where = request.getfixturevalue("database")
+    with Store(where, "client", limit=1000) as store:
         first = Entry(new_id(), "", "digest", new_id())
         store.ledger.create(first)
         stock = store.stock(first, codec)

@@ -45,7 +45,7 @@ class Dealer:
         self._next = 0
 
     def run(self) -> None:
-        """Serve until the server closes its channel.
+        """Serve until the server ends the session.
 
         Raises:
             RefusedError: the parties do not ask for the same.

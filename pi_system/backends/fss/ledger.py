@@ -2,8 +2,8 @@
 
 A ledger holds one :class:`Entry` per pair of a client and a server. Every change is one
 transaction, on disk when the call returns, and a comparison with what the caller last saw, so
-that of two writers one is refused. It knows nothing of material; another database is another
-class with the methods of :class:`Ledger`, held to the same tests.
+that of two writers one is refused. It knows nothing of material. For processes that share one
+there is :class:`.postgres.PostgresLedger`, held to the same tests.
 
 :class:`SqliteLedger` keeps SQLite's exclusive lock from opening to closing, so no second process
 can open it and the system releases it if this one is killed. Its journal is write-ahead
@@ -104,11 +104,30 @@ class Ledger(Protocol):
 
         Raises:
             RefusedError: another writer has changed the entry since, or an id would go down.
+            PeerError: a database was lost; whether it has the change is unknown.
         """
         ...
 
     def forget(self, pair: str) -> None: ...
     def close(self) -> None: ...
+
+
+def check_upwards(before: Entry, after: Entry) -> None:
+    """What every :meth:`Ledger.advance` refuses first.
+
+    Raises:
+        RefusedError: an id would go down.
+    """
+    assert (before.pair, before.peer, before.digest) == (after.pair, after.peer, after.digest)
+    if after.next < before.next or after.burnt < before.burnt:
+        raise RefusedError("inference ids only increase")
+
+
+def changed(pair: str) -> RefusedError:
+    """The entry is not what the caller last saw."""
+    return RefusedError(
+        f"pair {pair[:8]} was changed by another session; one-time material is never used twice"
+    )
 
 
 class SqliteLedger:
@@ -213,23 +232,18 @@ class SqliteLedger:
             run(f"INSERT INTO pair ({_COLUMNS}) VALUES ({marks})", [values[name] for name in names])
 
     def advance(self, before: Entry, after: Entry) -> None:
-        assert (before.pair, before.digest) == (after.pair, after.digest)
-        if after.next < before.next or after.burnt < before.burnt:
-            raise RefusedError("inference ids only increase")
+        check_upwards(before, after)
         with self._lock, _Transaction(self) as run:
-            changed = run(
+            rows = run(
                 "UPDATE pair SET next = ?, burnt = ?, link = ?, pending = ? "
-                "WHERE pair = ? AND next = ? AND burnt = ?",
+                "WHERE pair = ? AND next = ? AND burnt = ? AND link = ? AND pending IS ?",
                 (
                     *(after.next, after.burnt, after.link, after.pending),
-                    *(before.pair, before.next, before.burnt),
+                    *(before.pair, before.next, before.burnt, before.link, before.pending),
                 ),
             ).rowcount
-            if changed != 1:
-                raise RefusedError(
-                    f"pair {before.pair[:8]} was changed by another session; "
-                    "one-time material is never used twice"
-                )
+            if rows != 1:
+                raise changed(before.pair)
 
     def forget(self, pair: str) -> None:
         with self._lock, _Transaction(self) as run:

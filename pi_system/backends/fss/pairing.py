@@ -13,10 +13,11 @@ from typing import Any
 
 from ...errors import ProtocolError, RefusedError
 from ...net.channel import Channel
+from .depot import is_name
 from .ledger import Entry, new_id
 from .material import ClientCodec, ClientMaterial, ServerCodec, ServerMaterial
 from .public import Public
-from .store import Stock, Store, is_name
+from .store import Stock, Store
 
 
 @dataclasses.dataclass(frozen=True)

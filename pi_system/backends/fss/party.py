@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from ...errors import PeerError
 from ...graph.ir import Graph
 from ...net.channel import Channel
-from ..base import Options
+from ..base import Database, Options
 from . import device
 from .client import Client
 from .dealer import Dealer
@@ -31,17 +33,19 @@ class FssBackend:
         self._store: Store | None = None
         self._workshop = Workshop()
 
-    def open_store(self, directory: Path, role: str, limit: int | None = None) -> None:
-        """Keep material of this party in ``directory``, for all sessions from now on.
+    def open_store(self, where: Path | Database, role: str, limit: int | None = None) -> None:
+        """Keep material of this party there, for all sessions from now on.
 
         Raises:
             PiError: see :class:`.store.Store`.
         """
-        self._store = Store(directory, role, limit=Store.DEFAULT_LIMIT if limit is None else limit)
+        self._store = Store(where, role, limit=Store.DEFAULT_LIMIT if limit is None else limit)
 
     def stock(self) -> int | None:
-        """Items in this party's store, of all pairs."""
-        return None if self._store is None else self._store.count()
+        """Items in this party's store, of all pairs; ``None`` where its database is away."""
+        with contextlib.suppress(PeerError):
+            return None if self._store is None else self._store.count()
+        return None
 
     def server(
         self, graph: Graph, client: Channel, dealer: Channel | None, options: Options

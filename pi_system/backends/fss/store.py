@@ -14,8 +14,9 @@ Claims are made ahead of a query, so that the online phase writes nothing.
 **Ids only increase.** ``next`` moves, durably, before material of the ids below it is made, so a
 crash leaves a gap and never a second item of one id.
 
-**One process.** The ledger is locked from opening to closing (:mod:`.ledger`), and within a server
-a later session of a pair ends the claims of an earlier one.
+**One writer.** A directory's ledger is locked from opening to closing (:mod:`.ledger`); in a shared
+database every change is a comparison with what its session last saw (:mod:`.postgres`). Within a
+process a later session of a pair ends the claims of an earlier one.
 
 **Copies.** A copy of a directory has other inodes and birth times than its ledger remembers and
 is refused. An older ledger written back over the same file has not; it is found by the peer: every
@@ -35,119 +36,19 @@ back up stores; losing one costs only material.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import stat
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-from ... import files
-from ...errors import IntegrityError, PiError, ProtocolError, RefusedError, UsageError
-from . import ledger as ledgers
-from .ledger import Entry, Ledger, SqliteLedger, new_id
+from ...errors import ProtocolError, RefusedError, UsageError
+from ..base import Database
+from .depot import Depot, Directory, Memory, Shelf, is_name
+from .ledger import Entry, Ledger, new_id
 from .material import Codec
 
 Item = TypeVar("Item")
-
-_SUFFIX: Final = ".item"
-
-
-class Shelf(Protocol[Item]):
-    """Items of one pair by inference id."""
-
-    def ids(self) -> list[int]:
-        """In increasing order."""
-        ...
-
-    def put(self, inference: int, item: Item) -> None: ...
-    def take(self, inference: int) -> Item:
-        """Remove and return it.
-
-        Raises:
-            RefusedError: it is missing, damaged or not this pair's.
-        """
-        ...
-
-    def drop(self, inferences: Iterable[int]) -> None: ...
-
-
-class MemoryShelf(Generic[Item]):
-    """Items in this process."""
-
-    def __init__(self) -> None:
-        self._items: dict[int, Item] = {}
-
-    def ids(self) -> list[int]:
-        return sorted(self._items)
-
-    def put(self, inference: int, item: Item) -> None:
-        self._items[inference] = item
-
-    def take(self, inference: int) -> Item:
-        if inference not in self._items:
-            raise RefusedError(f"the material of inference {inference} is missing")
-        return self._items.pop(inference)
-
-    def drop(self, inferences: Iterable[int]) -> None:
-        for inference in inferences:
-            self._items.pop(inference, None)
-
-
-class DiskShelf(Generic[Item]):
-    """Items as files of a directory, which is made if need be; see :class:`.material.Codec`."""
-
-    def __init__(self, directory: Path, codec: Codec[Item]) -> None:
-        self._directory = directory
-        self._codec = codec
-        try:
-            directory.mkdir(mode=0o700, exist_ok=True)
-            for path in directory.iterdir():
-                if path.suffix != _SUFFIX:
-                    path.unlink()  # a file half written when its process was killed
-        except OSError as error:
-            raise PiError(f"cannot use {directory}: {error.strerror}") from error
-
-    def _path(self, inference: int) -> Path:
-        return self._directory / f"{inference:010d}{_SUFFIX}"
-
-    def ids(self) -> list[int]:
-        names = (path.stem for path in self._directory.iterdir() if path.suffix == _SUFFIX)
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
-
-    def put(self, inference: int, item: Item) -> None:
-        path = self._path(inference)
-        try:
-            files.write_atomic(path, self._codec.encode(inference, item), mode=0o600)
-        except OSError as error:
-            raise PiError(f"cannot write {path}: {error.strerror}") from error
-
-    def take(self, inference: int) -> Item:
-        path = self._path(inference)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                data = bytearray(os.fstat(file.fileno()).st_size)
-                if file.readinto(data) != len(data):
-                    raise IntegrityError(f"{path} ended while it was read")
-            path.unlink()
-        except FileNotFoundError as error:
-            raise RefusedError(f"{path}: the material of inference {inference} is gone") from error
-        except OSError as error:
-            raise PiError(f"cannot read {path}: {error.strerror}") from error
-        try:
-            return self._codec.decode(inference, data)
-        except IntegrityError as error:
-            raise IntegrityError(
-                f"{path}: {error}; it is burnt, the next one can be used"
-            ) from error
-        except RefusedError as error:
-            raise RefusedError(f"{path}: {error}; it is burnt, the next one can be used") from error
-
-    def drop(self, inferences: Iterable[int]) -> None:
-        for inference in inferences:
-            self._path(inference).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -205,12 +106,11 @@ class Stock(Generic[Item]):
         limit: items it may hold.
     """
 
-    def __init__(self, ledger: Ledger, entry: Entry, shelf: Shelf[Item]) -> None:
-        self._ledger = ledger
+    def __init__(self, entry: Entry, shelf: Shelf[Item]) -> None:
         self._stored = entry
         self._link = entry.link
         self._shelf = shelf
-        self._revoked = False
+        self._over = ""
         self.limit = Store.DEFAULT_LIMIT
         stale = [i for i in shelf.ids() if not entry.burnt < i < entry.next]
         shelf.drop(stale)
@@ -231,7 +131,7 @@ class Stock(Generic[Item]):
 
     def revoke(self) -> None:
         """Another session has the pair now."""
-        self._revoked = True
+        self._over = f"another session has taken over pair {self._stored.pair[:8]}"
 
     def settle(self, ids: Iterable[int], *, next_id: int, burnt: int, link: str) -> None:
         """Begin a session: take over the other side's higher ids, keep the items both have."""
@@ -240,8 +140,7 @@ class Stock(Generic[Item]):
             entry, next=max(entry.next, next_id), burnt=max(entry.burnt, burnt)
         )
         if higher != entry:
-            self._ledger.advance(entry, higher)
-            self._stored = higher
+            self._replace(higher)
         self._link = link
         both = {i for i in ids if i > higher.burnt}.intersection(self._ids)
         self._shelf.drop(set(self._ids) - both)
@@ -285,10 +184,18 @@ class Stock(Generic[Item]):
         after = dataclasses.replace(
             entry, next=max(entry.next, step.made.stop), burnt=burnt, link=link, pending=pending
         )
-        self._ledger.advance(entry, after)
-        self._stored = after
+        self._replace(after, step.kept)
         if step.claim:
             self._ids = [i for i in self._ids if i > burnt]
+
+    def _replace(self, after: Entry, claimed: tuple[int, ...] = ()) -> None:
+        try:
+            self._shelf.advance(self._stored, after, claimed)
+        except BaseException:
+            # Whether the ledger has the change may be unknown: what it claims counts as burnt.
+            self._over = f"a change of pair {self._stored.pair[:8]} failed; begin a new session"
+            raise
+        self._stored = after
 
     def load(self, inference: int) -> Item:
         """The item of a claimed id; its file is gone on return, whatever the outcome.
@@ -314,8 +221,8 @@ class Stock(Generic[Item]):
         self._ids = sorted((*self._ids, inference))
 
     def _check(self) -> None:
-        if self._revoked:
-            raise RefusedError(f"another session has taken over pair {self._stored.pair[:8]}")
+        if self._over:
+            raise RefusedError(self._over)
 
 
 class Claimed(Generic[Item]):
@@ -376,29 +283,31 @@ class Store:
         DEFAULT_LIMIT: items kept for one pair, if nothing else is said.
 
     Args:
-        directory: made if need be, 0700; ``None`` for material that ends with the process.
+        where: a directory of this process's own, a database that it shares with others, or
+            ``None`` for material that ends with the process.
         role: "client" or "server".
         limit: items kept for one pair.
 
     Raises:
-        RefusedError: the directory is in use, open to others, a copy, or of the other role.
-        UsageError: the directory holds other things.
+        RefusedError: it is in use, open to others, a copy, or of the other role.
+        UsageError: the directory holds other things, or the database cannot be used so.
+        PeerError: the database cannot be reached.
         PiError: it cannot be written.
     """
 
     DEFAULT_LIMIT: Final = 256
 
-    def __init__(self, directory: Path | None, role: str, *, limit: int = DEFAULT_LIMIT) -> None:
-        self.directory = None if directory is None else directory.absolute()
+    def __init__(
+        self, where: Path | Database | None, role: str, *, limit: int = DEFAULT_LIMIT
+    ) -> None:
         self.limit = limit
-        if self.directory is not None:
-            _prepare(self.directory)
-        self.ledger: Ledger = SqliteLedger(self.directory, role)
-        if self.directory is not None:
-            _sweep(self.directory, self.ledger.pairs())
-        self._shelves: dict[str, MemoryShelf[Any]] = {}
+        self._depot = _depot(where, role)
         self._open: dict[str, Stock[Any]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._depot.ledger
 
     @property
     def id(self) -> str:
@@ -410,27 +319,26 @@ class Store:
 
         A session that had it before (of a client that has gone, say) can take nothing more.
         """
+        self._replace(entry.pair, None)
+        stock = Stock(entry, self._depot.shelf(entry.pair, codec))
+        self._replace(entry.pair, stock)
+        return stock
+
+    def _replace(self, pair: str, stock: Stock[Any] | None) -> None:
         with self._lock:
-            older = self._open.pop(entry.pair, None)
+            older = self._open.pop(pair, None)
             if older is not None:
                 older.revoke()
-            shelf: Shelf[Item]
-            if self.directory is None:
-                shelf = self._shelves.setdefault(entry.pair, MemoryShelf())
-            else:
-                shelf = DiskShelf(self.directory / entry.pair, codec)
-            stock = self._open[entry.pair] = Stock(self.ledger, entry, shelf)
-            return stock
+            if stock is not None:
+                self._open[pair] = stock
 
     def count(self) -> int:
         """Items in stock, of all pairs."""
-        if self.directory is not None:
-            return sum(1 for _ in self.directory.glob(f"*/*{_SUFFIX}"))
-        return sum(len(shelf.ids()) for shelf in list(self._shelves.values()))
+        return self._depot.count()
 
     def close(self) -> None:
         """Give up the lock; claimed items that were not used are lost."""
-        self.ledger.close()
+        self._depot.close()
 
     def __enter__(self) -> Store:
         return self
@@ -439,30 +347,20 @@ class Store:
         self.close()
 
 
-def _prepare(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = set(os.listdir(directory))
-        if ledgers.FILE not in found:
-            if found - {"lost+found"}:
-                raise UsageError(f"{directory} is neither empty nor a store of material")
-            directory.chmod(0o700)
-        if stat.S_IMODE(directory.stat().st_mode) & 0o077:
-            raise RefusedError(f"{directory} is open to other users; chmod 700 it, or begin anew")
-    except OSError as error:
-        raise PiError(f"cannot use {directory} as a store: {error.strerror}") from error
-
-
-def _sweep(directory: Path, pairs: set[str]) -> None:
-    """Remove the material of pairs that the ledger does not know."""
-    for path in directory.iterdir():
-        if is_name(path.name) and path.name not in pairs:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def is_name(value: object) -> bool:
-    """Whether a peer's word is something that :func:`.ledger.new_id` can make."""
-    return isinstance(value, str) and len(value) == 32 and not set(value) - set("0123456789abcdef")
+def _depot(where: Path | Database | None, role: str) -> Depot:
+    match where:
+        case None:
+            return Memory(role)
+        case Path():
+            return Directory(where, role)
+        case _:
+            try:
+                from .postgres import Postgres
+            except ImportError as error:
+                raise UsageError(
+                    f"--ledger needs psycopg (pip install 'pi-system[postgres]'): {error}"
+                ) from error
+            return Postgres(where, role)
 
 
 def _brief(step: Step) -> str:

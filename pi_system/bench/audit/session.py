@@ -130,7 +130,7 @@ class Session:
         offering = ServerSettings(
             model=graph,
             sha256=graph.sha256(),
-            dealer=Address(_ADDRESS, at["dealer"].port),
+            dealers=(Address(_ADDRESS, at["dealer"].port),),
             plan=plan,
             backend=_Recorded(FssBackend(), self._tapes["server"]),
             backend_name=FssBackend.name,
@@ -145,7 +145,7 @@ class Session:
         self._client = Client(
             ClientSettings(
                 server=Address(_ADDRESS, at["server"].port),
-                dealer=Address(_ADDRESS, at["dealer"].port),
+                dealers=(Address(_ADDRESS, at["dealer"].port),),
                 backend=_Recorded(own, self._tapes["client"]),
                 backend_name=FssBackend.name,
                 batch=batch,

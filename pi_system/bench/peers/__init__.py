@@ -25,6 +25,7 @@ class PeerRun:
         repeat: inferences; each takes the next ``batch`` images, from the start again at the end.
         warmup: inferences before these that do not count.
         threads: of each party.
+        python: of the environment of SecretFlow SPU, if there is one.
     """
 
     model: Path
@@ -33,6 +34,7 @@ class PeerRun:
     repeat: int
     warmup: int
     threads: int
+    python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PeerReport:
             programs' traffic included; None where the system does not tell.
         inferences: their ``images`` (indices) and ``logits``, as a client reports them.
         peak_memory: bytes, by role.
+        settings: its version and how it was set, as it says itself.
     """
 
     setup_seconds: float
@@ -53,6 +56,7 @@ class PeerReport:
     interface_bytes: float | None
     inferences: list[dict[str, Any]]
     peak_memory: dict[str, int]
+    settings: dict[str, str | int]
 
 
 class Peer(Protocol):
@@ -67,11 +71,17 @@ class Peer(Protocol):
         ...
 
 
-NAMES: Final = ("crypten-stock",)
+NAMES: Final = ("crypten-stock", "spu-semi2k", "spu-cheetah")
 
 
 def get(name: str) -> Peer:
     """The peer of that name, one of :data:`NAMES`."""
     from .crypten_stock import CrypTenStock
+    from .secretflow import SecretFlow
 
-    return {"crypten-stock": CrypTenStock}[name]()
+    peers: dict[str, Peer] = {
+        "crypten-stock": CrypTenStock(),
+        "spu-semi2k": SecretFlow("SEMI2K"),
+        "spu-cheetah": SecretFlow("CHEETAH"),
+    }
+    return peers[name]

@@ -8,10 +8,8 @@ while the inference waits for them, as its users get it. It is a yardstick, not 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,16 +18,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from ...errors import PeerError, PeerTimeout
 from ...parties.process import peak_memory, thread_environment
-from . import PeerReport, PeerRun
+from . import PeerReport, PeerRun, processes
+from .secretflow_party import loopback_bytes
 
 SERVER, CLIENT, DEALER = ROLES = ("server", "client", "dealer")
 _START: Final = 120.0
 _EACH: Final = 60.0
 """Seconds allowed for the start and for each inference."""
-_GRACE: Final = 5.0
-"""Seconds for the other party to fail too, and to say why."""
 
 
 class CrypTenStock:
@@ -52,7 +48,13 @@ class CrypTenStock:
                 "threads": run.threads,
                 "started": time.time(),
             }
-            reports = _run(json.dumps(arguments), run.threads, _START + _EACH * run.repeat)
+            text = json.dumps(arguments)
+            reports = processes.run(
+                "stock CrypTen",
+                {role: [sys.executable, "-m", __name__, role, text] for role in ROLES},
+                {**os.environ, **thread_environment(run.threads), "GLOO_SOCKET_IFNAME": "lo"},
+                _START + _EACH * run.repeat,
+            )
         client = reports[CLIENT]
         return PeerReport(
             setup_seconds=client["setup_seconds"],
@@ -60,51 +62,8 @@ class CrypTenStock:
             interface_bytes=client["interface_bytes"],
             inferences=client["inferences"],
             peak_memory={role: reports[role]["peak_memory"] for role in ROLES},
+            settings=client["settings"],
         )
-
-
-def _run(arguments: str, threads: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Run the processes to their end; their reports.
-
-    Raises:
-        PeerError: one of them failed.
-        PeerTimeout: they took too long.
-    """
-    children: dict[str, subprocess.Popen[str]] = {}
-    environment = {**os.environ, **thread_environment(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    deadline = time.monotonic() + seconds
-    reports: dict[str, dict[str, Any]] = {}
-    failures = []
-    try:
-        for role in ROLES:
-            children[role] = subprocess.Popen(
-                [sys.executable, "-m", __name__, role, arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-                start_new_session=True,
-            )
-        for role in (CLIENT, SERVER, DEALER):
-            try:
-                out, err = children[role].communicate(timeout=deadline - time.monotonic())
-            except subprocess.TimeoutExpired:
-                raise PeerTimeout(f"stock CrypTen was not done within {seconds:g} s") from None
-            if children[role].returncode == 0:
-                reports[role] = json.loads(out.splitlines()[-1])
-            else:
-                last = (err.strip().splitlines() or ["ended without a word"])[-1]
-                failures.append(f"its {role}: {last}")
-                deadline = min(deadline, time.monotonic() + _GRACE)
-    finally:
-        for child in children.values():
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            child.communicate()
-    if failures:
-        raise PeerError(f"stock CrypTen failed; {'; '.join(failures)}")
-    return reports
 
 
 def _party(role: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -163,17 +122,12 @@ def _party(role: str, arguments: dict[str, Any]) -> dict[str, Any]:
         "interface_bytes": carried,
         "inferences": inferences,
         "peak_memory": peak_memory(),
+        "settings": {
+            "version": compat.VERSION,
+            "triples": crypten.cfg.mpc.provider,
+            "fraction_bits": crypten.cfg.encoder.precision_bits,
+        },
     }
-
-
-def loopback_bytes() -> int | None:
-    """What the loopback interface has carried since the system started."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/net/dev").read_text().splitlines():
-            name, _, counters = line.partition(":")
-            if name.strip() == "lo":
-                return int(counters.split()[0])
-    return None
 
 
 if __name__ == "__main__":

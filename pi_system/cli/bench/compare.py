@@ -13,13 +13,19 @@ from . import options
 @click.command()
 @click.option(
     "--contender", "contenders", multiple=True, metavar="NAME",
-    help="A backend, or crypten-stock, CrypTen as distributed; with -all behind (crypten-all): on "
-    "the version of the model that keeps every ReLU. Again for more. "
+    help="A backend; crypten-stock, CrypTen as distributed; spu-semi2k or spu-cheetah, SecretFlow "
+    "SPU (see --spu-python). With -all behind (crypten-all): on the version of the model that "
+    "keeps every ReLU. Again for more. "
     "[default: fss, crypten, crypten-all, crypten-stock-all]",
 )  # fmt: skip
 @click.option(
     "--rounds", type=click.IntRange(1), default=5, show_default=True,
     help="Every contender runs once in each, with new processes.",
+)  # fmt: skip
+@click.option(
+    "--spu-python", metavar="FILE", envvar="PI_SPU_PYTHON", show_envvar=True,
+    help="Python of an environment with SecretFlow SPU, for its contenders "
+    "(benchmarks/README.md, Peers).",
 )  # fmt: skip
 @options.setting(
     repeat=4,
@@ -31,6 +37,7 @@ def compare(
     setting: options.Setting,
     contenders: tuple[str, ...],
     rounds: int,
+    spu_python: str | None,
     format_: str,
     output: Path | None,
 ) -> None:
@@ -52,7 +59,9 @@ def compare(
     from ...bench.schema import flatten
     from ..progress import Progress
 
-    plan = Plan(contenders=contenders or ALL, rounds=rounds, **setting.common())
+    plan = Plan(
+        contenders=contenders or ALL, rounds=rounds, spu_python=spu_python, **setting.common()
+    )
     with Progress() as progress:
         comparison = run_comparison(plan, progress=progress)
     value = comparison.to_json()

@@ -27,8 +27,9 @@ def _sha256(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.command()
 @click.option("--server", required=True, metavar="HOST:PORT", help="Where the server listens.")
 @click.option(
-    "--dealer", metavar="HOST:PORT",
-    help="Where the dealer listens; without it only material in --store is used.",
+    "--dealer", metavar="HOST:PORT[,...]",
+    help="Where the dealer listens; of several, in the server's order, one that answers is taken. "
+    "Without it only material in --store is used.",
 )  # fmt: skip
 @click.option(
     "--images",
@@ -111,19 +112,19 @@ def client(
     from ...backends import base
     from ...net.link import parse
     from ...parties import classify as session
-    from ...parties.address import parse_address
+    from ...parties.address import parse_address, parse_addresses
     from ...parties.client import ClientSettings
 
     server_at = parse_address(server)
-    dealer_at = None if dealer is None else parse_address(dealer)
-    hosts = [at.host for at in (server_at, dealer_at) if at is not None]
+    dealers = () if dealer is None else parse_addresses(dealer)
+    hosts = [at.host for at in (server_at, *dealers)]
     identity = options.identity("client", certs, insecure, *hosts)
     implementation = base.get(backend)
     if store is not None:
         base.open_store(implementation, store, "client")
     settings = ClientSettings(
         server=server_at,
-        dealer=dealer_at,
+        dealers=dealers,
         backend=implementation,
         backend_name=backend,
         batch=batch,

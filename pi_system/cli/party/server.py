@@ -16,12 +16,23 @@ from . import options
 @click.option(
     "--listen", required=True, metavar="HOST:PORT", help="Where clients connect; port 0: any free."
 )
-@click.option("--dealer", required=True, metavar="HOST:PORT", help="Where the dealer listens.")
+@click.option(
+    "--dealer", required=True, metavar="HOST:PORT[,...]",
+    help="Where the dealer listens; several in the order that clients name them in.",
+)  # fmt: skip
 @common.plan_option
 @options.store
 @click.option(
+    "--ledger", metavar="postgresql://USER@HOST/DATABASE",
+    help="Keep it in this database instead, which several servers share; see docs/operations.md.",
+)  # fmt: skip
+@click.option(
+    "--ledger-password", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="With --ledger: the file with the password; else $PGPASSFILE or $PGPASSWORD count.",
+)  # fmt: skip
+@click.option(
     "--store-limit", type=click.IntRange(1), metavar="N",
-    help="With --store: inferences whose material one client may keep here (256).",
+    help="With --store or --ledger: inferences whose material one client may keep here (256).",
 )  # fmt: skip
 @options.serving
 @options.party
@@ -32,6 +43,8 @@ def server(
     dealer: str,
     plan: str,
     store: Path | None,
+    ledger: str | None,
+    ledger_password: Path | None,
     store_limit: int | None,
     **shared: Any,
 ) -> None:
@@ -45,27 +58,30 @@ def server(
     """
     given = options.Serving(**shared)
     options.prepare(given.threads, given.exit_with_parent)
-    from ...parties.address import parse_address
+    if store is not None and ledger is not None:
+        raise click.UsageError("Give --store or --ledger, not both.")
+    from ...parties.address import parse_addresses
 
-    dealer_at = parse_address(dealer)
+    dealers = parse_addresses(dealer)
     with options.listener(listen) as listener:
         identity = options.identity(
-            "server", given.certs, given.insecure, listener.host, dealer_at.host
+            "server", given.certs, given.insecure, listener.host, *(at.host for at in dealers)
         )
         from ...backends import base
         from ...models import resolve
         from ...parties import server as party
 
         implementation = base.get(given.backend)
-        if store is not None:
-            base.open_store(implementation, store, "server", store_limit)
+        kept = store if ledger is None else base.Database(ledger, ledger_password)
+        if kept is not None:
+            base.open_store(implementation, kept, "server", store_limit)
         graph = resolve(model)
         settings = party.ServerSettings(
             model=graph,
             sha256=graph.sha256(),
-            dealer=dealer_at,
+            dealers=dealers,
             plan=plan,
-            keeps=store is not None,
+            keeps=kept is not None,
             **given.settings(identity, implementation),
         )
         journal = options.journal("server", given.log, given.once)

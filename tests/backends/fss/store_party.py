@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pi_system.backends.base import Database
 from pi_system.backends.fss.party import FssBackend
 from pi_system.errors import PiError
 from pi_system.graph import serialize
@@ -30,13 +31,13 @@ def dealer(listening: socket.socket) -> None:
     Dealer(Listener.adopt(listening.detach()), settings).host().serve_forever()
 
 
-def server(listening: socket.socket, dealer_port: int, model: str, directory: str) -> None:
+def server(listening: socket.socket, dealer_port: int, model: str, where: Path | Database) -> None:
     with _exit_code():
         backend = FssBackend()
-        backend.open_store(Path(directory), "server")
+        backend.open_store(where, "server")
         graph = serialize.load(Path(model))
         settings = ServerSettings(
-            model=graph, sha256=graph.sha256(), dealer=Address("127.0.0.1", dealer_port),
+            model=graph, sha256=graph.sha256(), dealers=(Address("127.0.0.1", dealer_port),),
             keeps=True, backend=backend, backend_name="fss", timeouts=TIMEOUTS,
         )  # fmt: skip
         serve_once(Listener.adopt(listening.detach()), settings)
@@ -49,7 +50,7 @@ def client(port: int, dealer_port: int, directory: str, images: str, expected: s
         backend.open_store(Path(directory), "client")
         x, logits = np.load(images), np.load(expected)
         settings = ClientSettings(
-            Address("127.0.0.1", port), Address("127.0.0.1", dealer_port), backend, "fss",
+            Address("127.0.0.1", port), (Address("127.0.0.1", dealer_port),), backend, "fss",
             timeouts=TIMEOUTS,
         )  # fmt: skip
         with Client(settings) as session:

@@ -1,4 +1,5 @@
-"""Stocks of one-time material: one interface in memory and on disk, and what a disk adds."""
+"""Stocks of one-time material: one interface in memory, on disk and in a database that processes
+share, and what a disk adds; what a database adds is in test_postgres."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from fss_networks import Sessions, images, planned, residual
 
-from pi_system.backends.base import Options
+from pi_system.backends.base import Database, Options
 from pi_system.backends.fss import ledger, pairing
 from pi_system.backends.fss.ledger import Entry, new_id
 from pi_system.backends.fss.material import (
@@ -61,16 +62,24 @@ def entry(kept: Store) -> Entry:
     return entry_in(kept.ledger)
 
 
-@pytest.fixture(params=["memory", "disk"])
+KINDS = ["memory", "disk", "postgres"]
+
+
+@pytest.fixture(params=KINDS)
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Store]]:
     """Open the store, closing it first: in memory it is the same one again."""
-    disk = request.param == "disk"
-    current = [Store(tmp_path / "store" if disk else None, "client")]
+    where: Path | Database | None = None
+    match request.param:
+        case "disk":
+            where = tmp_path / "store"
+        case "postgres":
+            where = request.getfixturevalue("database")
+    current = [Store(where, "client")]
 
     def again() -> Store:
-        if disk:
+        if where is not None:
             current[0].close()
-            current[0] = Store(tmp_path / "store", "client")
+            current[0] = Store(where, "client")
         return current[0]
 
     yield again
@@ -115,7 +124,7 @@ def test_items_are_laid_in_and_claimed_in_order_and_new_ones_follow(
             mine.add(inference, b"again")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_no_item_is_handed_out_twice_whatever_is_lost(
     opened: Callable[[], Store], seed: int
 ) -> None:
@@ -221,6 +230,13 @@ def test_of_two_writers_one_is_refused_and_ids_only_increase(opened: Callable[[]
     book.advance(start, later)
     with pytest.raises(RefusedError, match="changed by another session"):
         book.advance(start, dataclasses.replace(start, next=6))
+    # A change of the link alone is one, too: what follows it must have seen it.
+    other = dataclasses.replace(later, link=new_id(), pending=new_id())
+    book.advance(later, other)
+    for last in (later, dataclasses.replace(other, pending=None)):
+        with pytest.raises(RefusedError, match="changed by another session"):
+            book.advance(last, dataclasses.replace(last, next=6))
+    book.advance(other, later)
     for lower in ({"next": 4}, {"burnt": 1}):
         with pytest.raises(RefusedError, match="only increase"):
             book.advance(later, dataclasses.replace(later, **lower))
@@ -241,8 +257,17 @@ def test_entries_are_found_by_peer_and_digest_and_survive(opened: Callable[[], S
     assert book.find("a", "x") == made["a", "x"]
 
 
-def test_a_ledger_is_bounded_and_gives_up_pairs_that_never_had_an_id(tmp_path: Path) -> None:
-    book = ledger.SqliteLedger(tmp_path, "server", max_pairs=3)
+@pytest.mark.parametrize("kind", ["disk", "postgres"])
+def test_a_ledger_is_bounded_and_gives_up_pairs_that_never_had_an_id(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    book: ledger.Ledger
+    if kind == "disk":
+        book = ledger.SqliteLedger(tmp_path, "server", max_pairs=3)
+    else:
+        from pi_system.backends.fss.postgres import PostgresLedger
+
+        book = PostgresLedger(request.getfixturevalue("database"), "server", max_pairs=3)
     used = [entry_in(book) for _ in range(2)]
     for made in used:
         book.advance(made, dataclasses.replace(made, next=1))
@@ -510,12 +535,24 @@ def test_damaged_and_cut_items_are_refused(items: dict[str, Any]) -> None:
 @pytest.fixture
 def stores(tmp_path: Path) -> Iterator[Callable[[], Stores]]:
     """Both parties' stores on disk, closed and opened again at each call."""
+    yield from _stores(tmp_path / "client", tmp_path / "server")
+
+
+@pytest.fixture(params=["disk", "postgres"])
+def any_stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Stores]]:
+    """The same, with the server's on disk or in a database."""
+    shared = request.param == "postgres"
+    server = request.getfixturevalue("database") if shared else tmp_path / "server"
+    yield from _stores(tmp_path / "client", server)
+
+
+def _stores(client: Path, server: Path | Database) -> Iterator[Callable[[], Stores]]:
     current: list[Store] = []
 
     def again() -> Stores:
         for kept in current:
             kept.close()
-        current[:] = [Store(tmp_path / role, role) for role in ("client", "server")]
+        current[:] = [Store(client, "client"), Store(server, "server")]
         return current[0], current[1]
 
     yield again
@@ -529,13 +566,13 @@ def right(sessions: Sessions, graph: Graph = GRAPH) -> None:
 
 
 def test_material_of_one_session_serves_later_ones_without_a_dealer(
-    stores: Callable[[], Stores],
+    any_stores: Callable[[], Stores],
 ) -> None:
-    with Sessions(GRAPH, stores=stores()) as sessions:
+    with Sessions(GRAPH, stores=any_stores()) as sessions:
         assert sessions.prepare(3) == 3
         assert sessions.prepare(2) == 5
     for left in (3, 1):
-        with Sessions(GRAPH, stores=stores(), dealer_takes_part=False) as sessions:
+        with Sessions(GRAPH, stores=any_stores(), dealer_takes_part=False) as sessions:
             for _ in range(2):
                 sessions.offline(1)
                 right(sessions)
@@ -543,11 +580,11 @@ def test_material_of_one_session_serves_later_ones_without_a_dealer(
             with pytest.raises(UsageError, match="only a session with a dealer"):
                 sessions.client.prepare(1)
     with (
-        Sessions(GRAPH, stores=stores(), dealer_takes_part=False) as sessions,
+        Sessions(GRAPH, stores=any_stores(), dealer_takes_part=False) as sessions,
         pytest.raises(RefusedError, match="1 items of one-time material are in stock for 2"),
     ):
         sessions.offline(2)
-    with Sessions(GRAPH, stores=stores()) as sessions:  # the rest is made
+    with Sessions(GRAPH, stores=any_stores()) as sessions:  # the rest is made
         sessions.offline(3)
         for _ in range(3):
             right(sessions)
@@ -567,36 +604,36 @@ def test_a_store_has_a_limit_for_each_client(tmp_path: Path) -> None:
 
 
 def test_a_client_that_keeps_nothing_gets_material_for_its_session_alone(
-    stores: Callable[[], Stores],
+    any_stores: Callable[[], Stores],
 ) -> None:
     for chosen in (lambda a, b: (a, None), lambda a, b: (None, b)):
-        with Sessions(GRAPH, stores=chosen(*stores())) as sessions:
+        with Sessions(GRAPH, stores=chosen(*any_stores())) as sessions:
             assert sessions.prepare(2) == 2
             sessions.offline(3)
             right(sessions)
-        with Sessions(GRAPH, stores=stores()) as sessions:
+        with Sessions(GRAPH, stores=any_stores()) as sessions:
             assert sessions.client.stock == 0
 
 
 def test_another_plan_batch_or_server_has_a_stock_of_its_own(
-    stores: Callable[[], Stores], tmp_path: Path
+    any_stores: Callable[[], Stores], tmp_path: Path
 ) -> None:
-    with Sessions(GRAPH, stores=stores()) as sessions:
+    with Sessions(GRAPH, stores=any_stores()) as sessions:
         sessions.prepare(2)
     other, _ = planned(residual(seed=1))
-    with Sessions(other, stores=stores()) as sessions:
+    with Sessions(other, stores=any_stores()) as sessions:
         assert sessions.client.stock == 0
         sessions.prepare(1)
-    with Sessions(GRAPH, Options(batch=2), stores=stores()) as sessions:
+    with Sessions(GRAPH, Options(batch=2), stores=any_stores()) as sessions:
         assert sessions.client.stock == 0
-    kept, _ = stores()
+    kept, _ = any_stores()
     with (
         Store(tmp_path / "another", "server") as another,
         Sessions(GRAPH, stores=(kept, another)) as sessions,
     ):
         assert sessions.client.stock == 0
     for graph, count in ((GRAPH, 2), (other, 1)):
-        with Sessions(graph, stores=stores(), dealer_takes_part=False) as sessions:
+        with Sessions(graph, stores=any_stores(), dealer_takes_part=False) as sessions:
             assert sessions.client.stock == sessions.server.stock == count
 
 

@@ -25,6 +25,7 @@ import pytest
 import store_party
 from fss_networks import images, planned, residual
 
+from pi_system.backends.base import Database
 from pi_system.backends.fss.store import Store
 from pi_system.graph import serialize
 from pi_system.graph.execute import run
@@ -106,8 +107,9 @@ class Wire:
 class Trial:
     """The stores, and the parties started on them again and again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server: Path | Database | None = None) -> None:
         self.folder = folder
+        self.server = server or folder / "server"
         graph, _ = planned(residual(side=4))
         serialize.save(folder / "model", graph)
         x = images(graph, 1)
@@ -149,7 +151,7 @@ class Trial:
         ):
             processes["server"] = self._start(
                 store_party.server, listening, self.dealer_port,
-                str(self.folder / "model"), str(self.folder / "server"),
+                str(self.folder / "model"), self.server,
             )  # fmt: skip
             listening.close()  # so that a connection the server does not accept ends with it
             processes["client"] = self._start(
@@ -174,15 +176,19 @@ class Trial:
         return process
 
 
-def test_no_id_is_used_twice_however_the_parties_are_killed(tmp_path: Path) -> None:
-    trial = Trial(tmp_path)
+@pytest.mark.parametrize(("kind", "trials"), [("disk", TRIALS), ("postgres", TRIALS // 3)])
+def test_no_id_is_used_twice_however_the_parties_are_killed(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, trials: int
+) -> None:
+    shared = request.getfixturevalue("database") if kind == "postgres" else None
+    trial = Trial(tmp_path, shared)
     rng = random.Random(4)
     with trial.dealer():
         started = time.monotonic()
         assert trial.session() == (0, 0)
         seconds, frames = time.monotonic() - started, trial.frames
         killed = 0
-        for number in range(TRIALS):
+        for number in range(trials):
             victim = ("client", "server")[number % 2]
             if number % 4 < 3:
                 codes = trial.session(victim, strike=rng.randrange(8, frames))
@@ -192,13 +198,13 @@ def test_no_id_is_used_twice_however_the_parties_are_killed(tmp_path: Path) -> N
             killed += victims == -signal.SIGKILL
             assert victims in (0, -signal.SIGKILL) and others in (0, store_party.LOST), codes
         assert trial.session() == (0, 0)
-    assert killed > TRIALS // 2
+    assert killed > trials // 2
     ids = [inference for inference, _ in trial.record]
     assert len(ids) > store_party.INFERENCES * 3
     assert all(a < b for a, b in itertools.pairwise(ids)), ids
     assert len({digest for _, digest in trial.record}) == len(ids)
-    for role in ("client", "server"):
-        with Store(tmp_path / role, role) as kept:
+    for role, where in (("client", tmp_path / "client"), ("server", trial.server)):
+        with Store(where, role) as kept:
             (pair,) = kept.ledger.pairs()
             entry = kept.ledger.get(pair)
             assert entry is not None and entry.burnt >= max(ids)
