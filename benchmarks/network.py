@@ -1,7 +1,8 @@
 """The emulated network of ``--network`` beside the kernel's TCP over a carried line (``wire.py``).
 
 The same private inference runs over both in turns, client on one end, server and dealer on the
-other, TLS on all links; rows that the output has are not measured again. Needs root.
+other, TLS on all links; rows that the output has are not measured again. Below a millisecond all
+parties share the processors that the line's carrier leaves (``pingpong.py``). Needs root.
 
 python benchmarks/network.py --output benchmarks/results/network.json
 python benchmarks/tables.py network benchmarks/results/network.json
@@ -17,24 +18,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wire import wire
+from pingpong import NETWORKS, Ends, ends
 
 from pi_system import models
 from pi_system.bench import environment
 from pi_system.bench.schema import Latency
 from pi_system.files import write_atomic
 from pi_system.graph import serialize
-from pi_system.net.link import Link, parse
+from pi_system.net.link import parse
 from pi_system.parties.process import thread_environment
 
-NETWORKS = ("0.3:1000", "40:100", "80:20")
 CASES = ("fss:demo", "fss:random:resnet18@49600", "crypten:demo")
-MATCH = 0.1
 TIMEOUTS = ("--timeout", "60", "--prepare-timeout", "600")
 
 
@@ -87,31 +86,24 @@ def main() -> None:
 
 
 def _row(folder: Path, backend: str, network: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Both paths in turns. Where the carried line's round trip is not what was asked for, as
-    below a millisecond, the emulation is measured once more with the line as it was measured."""
+    """Both paths in turns."""
     link = parse(network)
     assert link is not None
 
-    def measure(path: str, emulated: str) -> dict[str, Any]:
-        with _ends(link if path == "kernel" else None, given.congestion_control) as ends:
-            options = ["--network", "loopback" if path == "kernel" else emulated]
+    def measure(path: str) -> dict[str, Any]:
+        kernel = path == "kernel"
+        with ends(link, kernel=kernel, congestion_control=given.congestion_control) as between:
+            options = ["--network", "loopback" if kernel else network]
             options += ["--backend", backend, "--certs", str(folder / "certs"), *TIMEOUTS]
             counts = ["--repeat", str(given.repeat), "--warmup", str(given.warmup)]
-            return _session(folder, ends, options, counts)
+            return _session(folder, between, options, counts)
 
     seen: dict[str, list[dict[str, Any]]] = {"kernel": [], "emulated": []}
     for number in range(given.rounds):
         for path in sorted(seen, reverse=number % 2 == 1):
-            seen[path].append(measure(path, network))
+            seen[path].append(measure(path))
     result = {path: _figures(sessions) for path, sessions in seen.items()}
-    kernel, emulated = result["kernel"], result["emulated"]
-    if abs(kernel["rtt_ms"] / emulated["rtt_ms"] - 1) > MATCH:
-        rtt = max(0.0, link.rtt_ms + kernel["rtt_ms"] - emulated["rtt_ms"])
-        mbps = min(link.mbps, link.mbps * kernel["mbps"] / emulated["mbps"])
-        name = f"{rtt:.3f}:{mbps:.0f}"
-        emulated = _figures([measure("emulated", name) for _ in range(given.rounds)])
-        result["matched"] = {"network": name, **emulated}
-    ratio = emulated["online_ms"]["median"] / kernel["online_ms"]["median"]
+    ratio = result["emulated"]["online_ms"]["median"] / result["kernel"]["online_ms"]["median"]
     return {**result, "emulated_over_kernel": round(ratio, 4)}
 
 
@@ -127,25 +119,11 @@ def _figures(sessions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-End = tuple[list[str], str]
-"""What a command at one end begins with, and its address."""
-
-
-@contextlib.contextmanager
-def _ends(link: Link | None, congestion_control: str | None) -> Iterator[tuple[End, End]]:
-    if link is None:
-        yield ([], "127.0.0.1"), ([], "127.0.0.1")
-        return
-    with wire(link.rtt_ms, link.mbps, congestion_control=congestion_control) as ends:
-        one, other = ((["ip", "netns", "exec", name], address) for name, address in ends)
-        yield one, other
-
-
 def _session(
-    folder: Path, ends: tuple[End, End], options: Sequence[str], counts: Sequence[str]
+    folder: Path, between: Ends, options: Sequence[str], counts: Sequence[str]
 ) -> dict[str, Any]:
     """One session; returns the client's report."""
-    (near, _), (far, address) = ends
+    (near, _), (far, address) = between
     settings = {"env": {**os.environ, **thread_environment(1)}, "text": True}
     with contextlib.ExitStack() as stack:
 

@@ -6,6 +6,7 @@ python benchmarks/tables.py growth benchmarks/results/sweep-relus.json
 python benchmarks/tables.py networks benchmarks/results/sweep-networks.json
 python benchmarks/tables.py published benchmarks/published.json
 python benchmarks/tables.py network benchmarks/results/network.json
+python benchmarks/tables.py pingpong benchmarks/results/pingpong.json
 python benchmarks/tables.py predict benchmarks/results/predict.json
 """
 
@@ -52,6 +53,15 @@ NETWORK = (
     "emulated: RTT ms, Mbit/s",
     "kernel: online ms, median (min)",
     "emulated: online ms, median (min)",
+    "emulated / kernel",
+)
+PINGPONG = (
+    "network",
+    "message, bytes",
+    "link alone, ms",
+    "kernel, ms",
+    "emulated, ms",
+    "emulated / link",
     "emulated / kernel",
 )
 PREDICT = (
@@ -108,7 +118,7 @@ GROWTH = (
     "B per ReLU to client / server",
 )
 WHOLE = "(whole)"
-TABLES = ("runs", "compare", "growth", "networks", "network", "predict", "published")
+TABLES = ("runs", "compare", "growth", "networks", "network", "pingpong", "predict", "published")
 WORK = ("linear", "gates", "local", "wait")
 PARTIES = ("client", "server")
 NAMES = {
@@ -337,18 +347,27 @@ def _ours(source: str, result: Mapping[str, Any], system: str, measured: Mapping
 
 
 def network_row(row: Mapping[str, Any]) -> Row:
-    """The cells of one row of ``network.py``; the emulation is that of the line as measured, where
-    there is one."""
-    kernel, emulated = row["kernel"], row.get("matched", row["emulated"])
-    ends = (kernel, emulated)
-    as_measured = f" (as {row['matched']['network']})" if "matched" in row else ""
+    """The cells of one row of ``network.py``."""
+    ends = (row["kernel"], row["emulated"])
     return (
         row["backend"],
         row["model"],
-        f"{row['network']}{as_measured}",
+        row["network"],
         *(f"{one['rtt_ms']:.2f}, {one['mbps']:.0f}" for one in ends),
         *(_milliseconds(one["online_ms"]) for one in ends),
         f"{row['emulated_over_kernel']:.3f}",
+    )
+
+
+def pingpong_row(row: Mapping[str, Any]) -> Row:
+    """The cells of one row of ``pingpong.py``."""
+    link, kernel, emulated = (row[f"{path}_ms"] for path in ("expected", "kernel", "emulated"))
+    return (
+        row["network"],
+        f"{row['bytes']:,}",
+        *(f"{one:,.3f}" for one in (link, kernel, emulated)),
+        f"{emulated / link:.3f}",
+        f"{emulated / kernel:.3f}",
     )
 
 
@@ -440,6 +459,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
         return markdown(PUBLISHED, [row for d, p in pairs for row in published_rows(d, p.parent)])
     if given.table == "network":
         return markdown(NETWORK, [network_row(row) for d in documents for row in d["rows"]])
+    if given.table == "pingpong":
+        return markdown(PINGPONG, [pingpong_row(row) for d in documents for row in d["rows"]])
     if given.table == "predict":
         return markdown(
             PREDICT,

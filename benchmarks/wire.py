@@ -2,7 +2,8 @@
 
 The kernel's own TCP runs at both ends; between them a process carries IP packets from one TUN
 device to the other with a rate, a constant delay and a queue that drops what does not fit. Needs
-root. Real-time priority (``chrt -f 50``) keeps the delay exact on a busy machine.
+root. Real-time priority (``chrt -f 50``) keeps the delay exact on a busy machine; a delay below a
+millisecond needs a carrier that does not sleep, on a processor of its own.
 """
 
 from __future__ import annotations
@@ -68,14 +69,20 @@ class Direction:
         return self.waiting[0][0] if self.waiting else float("inf")
 
 
-def carry(one: int, other: int, mbps: float, one_way_ms: float, queue_ms: float) -> None:
-    """Carry packets between two TUN devices until terminated."""
+def carry(
+    one: int, other: int, mbps: float, one_way_ms: float, queue_ms: float, *, awake: bool
+) -> None:
+    """Carry packets between two TUN devices until terminated; never sleep if ``awake``."""
     directions = (Direction(one, other), Direction(other, one))
     # So that waiting ends when asked for, not up to 50 us later.
     ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
     while True:
         now = time.monotonic()
         due = min(direction.give(now) for direction in directions)
+        if awake:
+            for direction in directions:
+                direction.take(8 / (mbps * 1e6), one_way_ms / 1e3, queue_ms / 1e3)
+            continue
         wait = max(0.0, min(due - time.monotonic(), 1.0))
         ready, _, _ = select.select([one, other], [], [], wait)
         for direction in directions:
@@ -103,7 +110,11 @@ def _device(namespace: str, address: str) -> int:
 
 @contextlib.contextmanager
 def wire(
-    rtt_ms: float, mbps: float, *, congestion_control: str | None = None
+    rtt_ms: float,
+    mbps: float,
+    *,
+    congestion_control: str | None = None,
+    processor: int | None = None,
 ) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """Two namespaces with a line between them, as (name, address) each.
 
@@ -111,6 +122,7 @@ def wire(
         rtt_ms: round trip of an empty packet.
         mbps: 10^6 bits per second, IP headers counted, in each direction.
         congestion_control: of TCP at both ends, if not the machine's own.
+        processor: for the carrier alone; nothing else may run there.
     """
     names = [f"pi-{os.getpid()}-{end}" for end in ("a", "b")]
     addresses = ["10.213.7.1", "10.213.7.2"]
@@ -118,19 +130,22 @@ def wire(
     try:
         for name in names:
             subprocess.run(["ip", "netns", "add", name], check=True)
-            if congestion_control:
-                setting = f"net.ipv4.tcp_congestion_control={congestion_control}"
-                inside = ["ip", "netns", "exec", name]
-                subprocess.run([*inside, "sysctl", "-qw", setting], check=True)
         arguments = [*names, *addresses, str(mbps), str(rtt_ms / 2), str(max(50.0, 2 * rtt_ms))]
+        chosen = ["chrt", "-f", "50"] if processor is None else ["taskset", "-c", str(processor)]
+        awake = ["awake"] if processor is not None else []
         carrier = subprocess.Popen(
-            ["chrt", "-f", "50", sys.executable, __file__, *arguments],
+            [*chosen, sys.executable, __file__, *arguments, *awake],
             stdout=subprocess.PIPE,
             text=True,
         )
         assert carrier.stdout is not None
         if carrier.stdout.readline() != "ready\n":
             raise RuntimeError("the line between the namespaces could not be made")
+        if congestion_control:
+            for name, address in zip(names, addresses, strict=True):
+                route = ["10.213.7.0/24", "dev", "wide0", "src", address, "scope", "link"]
+                route += ["proto", "kernel", "congctl", congestion_control]
+                subprocess.run(["ip", "-n", name, "route", "replace", *route], check=True)
         yield (names[0], addresses[0]), (names[1], addresses[1])
     finally:
         if carrier is not None:
@@ -143,12 +158,12 @@ def wire(
 
 
 def main() -> None:
-    """The carrier: NAME NAME ADDRESS ADDRESS MBPS ONE_WAY_MS QUEUE_MS."""
+    """The carrier: NAME NAME ADDRESS ADDRESS MBPS ONE_WAY_MS QUEUE_MS [awake]."""
     names, addresses, line = sys.argv[1:3], sys.argv[3:5], map(float, sys.argv[5:8])
     devices = [_device(name, f"{at}/24") for name, at in zip(names, addresses, strict=True)]
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print("ready", flush=True)
-    carry(devices[0], devices[1], *line)
+    carry(devices[0], devices[1], *line, awake=sys.argv[8:] == ["awake"])
 
 
 if __name__ == "__main__":

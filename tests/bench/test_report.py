@@ -350,3 +350,15 @@ def test_in_a_browser(files: list[Path], tmp_path: Path) -> None:
         # Words and lines stand out from it, and charts have colours.
         assert abs(pixels - background).max() > 0.7
         assert ((pixels.max(axis=2) - pixels.min(axis=2)) > 0.4).sum() > 500
+
+
+def test_a_peer_of_whole_inferences_has_its_row() -> None:
+    (comparison,) = sources.read([RESULTS / "compare-demo.json"]).comparisons
+    (stock,) = (one for one in comparison.peers if one.name == "crypten-stock-all")
+    assert stock.run is None and stock.not_run is None and stock.whole is not None
+    document = json.loads((RESULTS / "compare-demo.json").read_text())
+    (raw,) = (one for one in document["contenders"] if one["name"] == stock.name)
+    assert stock.whole.median == raw["whole"]["latency_ms"]["median"]
+    assert stock.whole.bytes == raw["whole"]["interface_bytes"]
+    row = sections._peer(stock)
+    assert row[0] == "crypten-stock-all, whole inference" and row[2] == stock.whole.median

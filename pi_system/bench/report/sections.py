@@ -398,11 +398,17 @@ def _peers(comparisons: Sequence[Comparison]) -> Section:
 
 
 def _peer(peer: Peer) -> tuple[Cell, ...]:
-    run = peer.run
-    if run is None:
-        return (peer.name, *(None,) * 10, peer.not_run)
     times = peer.over.get("plaintext")
     ratio = None if times is None else f"{times[0]:.3g} ({times[1]:.3g} to {times[2]:.3g})"
+    run, whole = peer.run, peer.whole
+    if whole is not None:
+        return (
+            f"{peer.name}, whole inference", whole.relus, whole.median, whole.least, ratio,
+            None if whole.bytes is None else whole.bytes / 1e6, None, None, None,
+            100 * whole.agreement, whole.max_error, "",
+        )  # fmt: skip
+    if run is None:
+        return (peer.name, *(None,) * 10, peer.not_run)
     return (
         peer.name, run.relus, run.online, run.online_min, ratio, run.online_bytes / 1e6,
         run.round_trips, run.offline, run.offline_bytes / 1e6, 100 * run.agreement,

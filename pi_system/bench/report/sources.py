@@ -91,8 +91,20 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A peer whose phases cannot be told apart: milliseconds and bytes of a whole inference."""
+
+    relus: int
+    median: float
+    least: float
+    bytes: float | None
+    agreement: float
+    max_error: float
+
+
+@dataclass(frozen=True)
 class Peer:
-    """A contender of a comparison: its run, or why there is none.
+    """A contender of a comparison: its run or whole inferences, or why there are none.
 
     Attributes:
         over: its online latency over that of another contender (or plaintext): median, least and
@@ -103,6 +115,7 @@ class Peer:
     run: Run | None
     not_run: str | None
     over: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    whole: Whole | None = None
 
 
 @dataclass(frozen=True)
@@ -421,6 +434,10 @@ def _compare(document: dict[str, Any], name: str, where: str, material: Material
         if contender.get("not_run") is not None:
             peers.append(Peer(peer, None, clean(contender["not_run"])))
             continue
+        if contender.get("whole") is not None:
+            found = _whole(_Record(_dotted(contender), f"{where}: {peer}"))
+            peers.append(Peer(peer, None, None, over.get(peer, {}), found))
+            continue
         warned = any(one.run for one in peers)
         said: dict[str, Any] = {"stability": {}} if warned else {}
         run = _run_of({**document, **contender, **said}, name, f"{where}: {peer}")
@@ -437,6 +454,17 @@ def _compare(document: dict[str, Any], name: str, where: str, material: Material
             rounds=len(document["rounds"]),
             peers=tuple(peers),
         )
+    )
+
+
+def _whole(record: _Record) -> Whole:
+    return Whole(
+        relus=record.count("model.relu_kept"),
+        median=record.number("whole.latency_ms.median"),
+        least=record.number("whole.latency_ms.min"),
+        bytes=record.maybe("whole.interface_bytes"),
+        agreement=record.number("accuracy.argmax_agreement"),
+        max_error=record.number("accuracy.max_abs_error"),
     )
 
 
