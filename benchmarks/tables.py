@@ -8,6 +8,7 @@ python benchmarks/tables.py published benchmarks/published.json
 python benchmarks/tables.py network benchmarks/results/network.json
 python benchmarks/tables.py pingpong benchmarks/results/pingpong.json
 python benchmarks/tables.py predict benchmarks/results/predict.json
+python benchmarks/tables.py aware benchmarks/results/senet-network/*.json
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from pi_system.bench import cost
 from pi_system.bench.sheet import Sheet
+from pi_system.net import link as links
 
 Row = tuple[str, ...]
 NETWORKS = (
@@ -117,8 +120,28 @@ GROWTH = (
     "offline MB",
     "B per ReLU to client / server",
 )
+AWARE = (
+    "layer budgets",
+    "ReLUs",
+    "layers with ReLUs",
+    "network",
+    "predicted online ms",
+    "measured online ms, median (min)",
+    "measured / predicted",
+    "test accuracy %, mean (each seed's)",
+)
 WHOLE = "(whole)"
-TABLES = ("runs", "compare", "growth", "networks", "network", "pingpong", "predict", "published")
+TABLES = (
+    "runs",
+    "compare",
+    "growth",
+    "networks",
+    "network",
+    "pingpong",
+    "predict",
+    "published",
+    "aware",
+)
 WORK = ("linear", "gates", "local", "wait")
 PARTIES = ("client", "server")
 NAMES = {
@@ -409,6 +432,43 @@ def predict_notes(document: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def aware_rows(students: Sequence[Mapping[str, Any]], folder: Path) -> list[Row]:
+    """Accuracy and latency of each budget of a ``pi-train sweep``.
+
+    Args:
+        students: results of the sweep.
+        folder: results of ``pi-bench run`` on one of each budget's students; the cost is fitted
+            to those on loopback of the fewest and of the most ReLUs.
+    """
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    loopback = [run for run in runs if run["network"]["name"] == "loopback"]
+    loopback.sort(key=lambda run: int(run["model"]["relu_kept"]))
+    fitted = cost.calibrate([loopback[0], loopback[-1]])
+    rows = []
+    for run in runs:
+        link, kept = links.parse(run["network"]["name"]), run["model"]["relu_kept"]
+        if link is None:
+            continue
+        same = [one for one in students if one["relu_kept"] == kept]
+        relus = [layer["relus_kept"] for layer in run["online"]["layers"]]
+        predicted, latency = fitted.latency_ms(relus, link), run["online"]["latency_ms"]
+        accuracy = [100 * one["test_accuracy"] for one in same]
+        each = ", ".join(f"{one:.2f}" for one in accuracy)
+        rows.append(
+            (
+                same[0]["title"],
+                f"{kept:,}",
+                str(sum(one > 0 for one in relus)),
+                run["network"]["name"],
+                f"{predicted:,.1f}",
+                _milliseconds(latency),
+                f"{latency['median'] / predicted:.3f}",
+                f"{np.mean(accuracy):.2f} ({each})",
+            )
+        )
+    return sorted(rows, key=lambda row: float(row[4].replace(",", "")))
+
+
 def markdown(columns: Row, rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """A Markdown table, and notes below it."""
     lines = [columns, tuple("---" for _ in columns), *rows]
@@ -467,6 +527,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
             [row for document in documents for row in predict_rows(document)],
             [note for document in documents for note in predict_notes(document)],
         )
+    if given.table == "aware":
+        return markdown(AWARE, aware_rows(documents, given.files[0].parent / "latency"))
     results = [one for d in documents for one in (d if isinstance(d, list) else [d])]
     return markdown(RUNS, [run_row(result) for result in results])
 

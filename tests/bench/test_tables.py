@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pi_system.bench.sheet import Sheet
+from pi_system.net import link as links
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULT = json.loads((BENCHMARKS / "results" / "run-resnet18-49600-fss.json").read_text())
@@ -111,3 +112,36 @@ def test_predictions_stand_beside_measurements(tables: dict[str, Any]) -> None:
     # Over wide-area networks little of a latency is fitted.
     wide = [row for row in rows[2:] if row[1] in ("wan", "80:20")]
     assert wide and all(abs(float(row[4].strip("%"))) < 10 for row in wide)
+
+
+def test_network_aware_budgets_beside_their_prediction(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(relus: list[int], network: str, milliseconds: float) -> dict[str, Any]:
+        one = growing(sum(relus), 10 * sum(relus), milliseconds)
+        layers = [{**RESULT["online"]["layers"][0], "relus_kept": kept} for kept in relus]
+        one["online"] |= {"layers": layers, "round_trips": sum(k > 0 for k in relus) + 1}
+        measured = {"rtt_ms": 40.0, "mbps": 100.0}
+        return one | {
+            "network": {"name": network, "rtt_ms": 40.0, "mbps": 100.0, "measured": measured}
+        }
+
+    few, all_of_them = [0, 1000], [9000, 1000]
+    (tmp_path / "latency").mkdir()
+    for name, one in {
+        "a": run(few, "loopback", 3.0),
+        "b": run(all_of_them, "loopback", 12.0),
+        "c": run(few, "wan", 95.0),
+    }.items():
+        (tmp_path / "latency" / f"{name}.json").write_text(json.dumps(one))
+    for seed, accuracy in enumerate((0.5, 0.6)):
+        student = {"title": "SENet", "relu_kept": 1000, "test_accuracy": accuracy}
+        (tmp_path / f"s{seed}.json").write_text(json.dumps(student))
+    files = sorted(str(path) for path in tmp_path.glob("*.json"))
+    (row,) = tables["main"](["aware", *files]).splitlines()[2:]
+    # 2 ms and 1 us a ReLU, two round trips of 40 ms, 11 kB and their headers at 100 Mbit/s.
+    seconds = 11_000 * 8 * (1 + links.HEADERS / links.SEGMENT) / 100e6
+    assert cells(row) == [
+        "SENet", "1,000", "1", "wan", f"{3 + 80 + 1e3 * seconds:.1f}", "95.0 (95.0)",
+        f"{95 / (83 + 1e3 * seconds):.3f}", "55.00 (50.00, 60.00)",
+    ]  # fmt: skip
