@@ -8,7 +8,8 @@ python benchmarks/tables.py published benchmarks/published.json
 python benchmarks/tables.py network benchmarks/results/network.json
 python benchmarks/tables.py pingpong benchmarks/results/pingpong.json
 python benchmarks/tables.py predict benchmarks/results/predict.json
-python benchmarks/tables.py aware benchmarks/results/senet-network/*.json
+python benchmarks/tables.py aware benchmarks/results/senet-network/*.json \\
+    benchmarks/results/senet/senet-7000-*.json
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from typing import Final
 
 from .. import models
 from ..backends import DEFAULT, base
+from ..backends.fss.plan import PRECISIONS
 from ..config import load_toml
 from ..errors import PiError, UsageError
 from ..graph import serialize
@@ -32,7 +33,7 @@ from ..parties.timeouts import Timeouts
 from .measure import Measurement, measure
 from .sheet import Key, Sheet
 
-PLANS: Final = ("default", "high")
+PLANS: Final = tuple(PRECISIONS)
 DEFAULT_PLAN: Final = PLANS[0]
 WITH_PLANS: Final = "fss"
 _MAX_INFERENCES: Final = 100_000

@@ -87,31 +87,29 @@ def _in_thread(target: Callable[..., None], *args: object) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("rtt", [2.0, 30.0])
-def test_round_trips_take_what_they_should(rtt: float) -> None:
-    with _pair(Link("x", rtt, 1000)) as (first, second):
-        thread = _in_thread(_echo, second, 8)
+def _round_trips(link: Link, count: int) -> list[float]:
+    """Seconds of small messages and their echoes."""
+    with _pair(link) as (first, second):
+        thread = _in_thread(_echo, second, count)
         seconds = []
-        for _ in range(8):
+        for _ in range(count):
             started = time.perf_counter()
             first.send(b"ping")
             first.recv()
             seconds.append(time.perf_counter() - started)
         thread.join()
+    return seconds
+
+
+@pytest.mark.parametrize("rtt", [2.0, 30.0])
+def test_round_trips_take_what_they_should(rtt: float) -> None:
+    seconds = _round_trips(Link("x", rtt, 1000), 8)
     assert 0.00098 * rtt <= statistics.median(seconds) < 0.001 * rtt + 0.002
 
 
 def test_a_local_network_is_as_quick_as_asked_for() -> None:
     """The least of many, as others may have the processors: no sooner, and hardly later."""
-    with _pair(Link("x", 0.3, 1000)) as (first, second):
-        thread = _in_thread(_echo, second, 200)
-        seconds = []
-        for _ in range(200):
-            started = time.perf_counter()
-            first.send(b"ping")
-            first.recv()
-            seconds.append(time.perf_counter() - started)
-        thread.join()
+    seconds = _round_trips(Link("x", 0.3, 1000), 200)
     assert 0.00027 < min(seconds) < 0.0004
 
 

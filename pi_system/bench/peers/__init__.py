@@ -7,9 +7,10 @@ inference, from holding the image to holding the logits, and what the loopback i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,12 @@ class PeerReport:
     inferences: list[dict[str, Any]]
     peak_memory: dict[str, int]
     settings: dict[str, str | int]
+
+    @classmethod
+    def of(cls, reports: Mapping[str, Mapping[str, Any]], client: str) -> Self:
+        """What the processes reported, by role; all but the memory is the client's word."""
+        said = {one.name: reports[client][one.name] for one in fields(cls)}
+        return cls(**said | {"peak_memory": {k: v["peak_memory"] for k, v in reports.items()}})
 
 
 class Peer(Protocol):

@@ -55,15 +55,7 @@ class CrypTenStock:
                 {**os.environ, **thread_environment(run.threads), "GLOO_SOCKET_IFNAME": "lo"},
                 _START + _EACH * run.repeat,
             )
-        client = reports[CLIENT]
-        return PeerReport(
-            setup_seconds=client["setup_seconds"],
-            seconds=client["seconds"],
-            interface_bytes=client["interface_bytes"],
-            inferences=client["inferences"],
-            peak_memory={role: reports[role]["peak_memory"] for role in ROLES},
-            settings=client["settings"],
-        )
+        return PeerReport.of(reports, CLIENT)
 
 
 def _party(role: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -82,15 +82,7 @@ class SecretFlow:
                 environment(run.threads),
                 _START + _EACH * (run.warmup + run.repeat),
             )
-        client = reports[CLIENT]
-        return PeerReport(
-            setup_seconds=client["setup_seconds"],
-            seconds=client["seconds"],
-            interface_bytes=client["interface_bytes"],
-            inferences=client["inferences"],
-            peak_memory={role: reports[role]["peak_memory"] for role in ROLES},
-            settings=client["settings"],
-        )
+        return PeerReport.of(reports, CLIENT)
 
 
 def environment(threads: int) -> dict[str, str]:
