@@ -376,6 +376,7 @@ def test_a_send_that_waits_reads_ahead_no_more_than_allowed() -> None:
         assert all(first.recv() == bytes(size) for _ in range(frames))
         assert answer.result() == [bytes([i]) * size for i in range(frames)]
     first, second = channel_pair(timeout=0.3)
+    second.timeout = 20  # it does not give up first, which the other side would notice
     with first, second, ThreadPoolExecutor() as pool:
         blocked = pool.submit(second.send, bytes(32 << 20))
         with first.reading_ahead(1 << 20), pytest.raises(PeerTimeout, match="took nothing"):

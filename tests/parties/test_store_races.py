@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import Counter
@@ -54,7 +55,7 @@ def test_threads_that_claim_from_one_pair_never_get_one_item_twice(
         start = threading.Barrier(6)
 
         def race(number: int) -> None:
-            session = 1 + number % 3
+            session, misses = 1 + number % 3, 0
             start.wait()
             while True:
                 entry = store.ledger.get(first.pair)
@@ -69,8 +70,10 @@ def test_threads_that_claim_from_one_pair_never_get_one_item_twice(
                         (inference,) = step.kept
                         assert mine.load(inference) == b"%d" % inference
                         got.append(inference)
-                except RefusedError:
-                    time.sleep(0.002 * number)  # taken over by another, which is to get on
+                        misses = 0
+                except RefusedError:  # taken over by another, which is to get on, however slowly
+                    misses += 1
+                    time.sleep(random.uniform(0, 0.002 * 2 ** min(misses, 7)))
 
         threads = [threading.Thread(target=race, args=(n,)) for n in range(6)]
         for thread in threads:
