@@ -55,6 +55,7 @@ from pi_system.graph.ir import Graph
 from pi_system.net import channel as channels
 from pi_system.net.channel import Channel, PeerClosed, PeerLost
 from pi_system.net.framing import END
+from pi_system.net.listen import Listener
 from pi_system.net.meter import Clock
 from pi_system.parties import client as client_party
 from pi_system.parties import commands, handshake, images, public
@@ -500,8 +501,8 @@ class Recording:
         with (
             self.repeatable_names(),
             mock.patch.object(Channel, "__init__", recorded),
-            channels.Listener("127.0.0.1", 0) as at_server,
-            channels.Listener("127.0.0.1", 0) as at_dealer,
+            Listener("127.0.0.1", 0) as at_server,
+            Listener("127.0.0.1", 0) as at_dealer,
         ):
             addresses = [Address(end.host, end.port) for end in (at_server, at_dealer)]
             dealer = dealer_party.Dealer(at_dealer, ServingSettings(FssBackend(), "fss"))

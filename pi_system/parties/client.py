@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ..backends.base import Backend, Keeping, KeepingSession, Options
 from ..errors import PeerTimeout, PiError, ProtocolError, RefusedError, UsageError
-from ..net.channel import Channel, connect
+from ..net.channel import Channel
 from ..net.link import Link
+from ..net.listen import connect
 from ..net.meter import Meter
 from ..net.tls import Identity
 from . import commands, handshake

@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 
 from ..backends.base import Options
 from ..errors import BusyError, PeerTimeout, PiError, ProtocolError, RefusedError
-from ..net.channel import Channel, Listener
+from ..net.channel import Channel
+from ..net.listen import Listener
 from ..net.meter import Meter
 from . import commands, handshake
 from .admission import STOPPING

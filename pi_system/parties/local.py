@@ -32,7 +32,7 @@ from ..errors import (
     RefusedError,
     UsageError,
 )
-from ..net.channel import Listener
+from ..net.listen import Listener
 from .images import write_images
 from .process import thread_environment
 from .timeouts import Timeouts

@@ -12,7 +12,8 @@ from typing import Any, Final
 from ..backends.base import KeepingSession, Options, ServerSession
 from ..errors import PiError, ProtocolError, RefusedError
 from ..graph.ir import Graph
-from ..net.channel import Channel, Listener, PeerClosed, connect
+from ..net.channel import Channel, PeerClosed
+from ..net.listen import Listener, connect
 from ..net.meter import Meter
 from . import commands, handshake
 from .address import Address

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from pi_system.errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
-from pi_system.net.channel import Channel, Listener, PeerClosed, PeerLost, channel_pair, connect
+from pi_system.net.channel import Channel, PeerClosed, PeerLost, channel_pair
 from pi_system.net.framing import Deadline
+from pi_system.net.listen import Listener, connect
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ...backends import DEFAULT
 
 if TYPE_CHECKING:
     from ...backends.base import Backend
-    from ...net.channel import Listener
+    from ...net.listen import Listener
     from ...net.tls import Identity
     from ...parties.address import Address
     from ...parties.journal import Format, Journal
@@ -307,7 +307,7 @@ def timeouts(step: float, prepare: float, idle: float = 600.0) -> Timeouts:
 
 def listener(text: str) -> Listener:
     """Listen on HOST:PORT, or on a launcher's socket (``fd:N``)."""
-    from ...net.channel import Listener
+    from ...net.listen import Listener
     from ...parties.address import parse_address
 
     if text.startswith("fd:") and text[3:].isdigit():
