@@ -156,7 +156,11 @@ class Dealer:
         started = time.perf_counter()
         named = {"session": hello.session[:8], "who": pair["client"].who}
         self._journal.write("session", batch=hello.batch, **named)
-        with pair["server"] as server, pair["client"] as client:
+        with (
+            settings.timeouts.heartbeat() as heartbeat,
+            pair["server"] as server,
+            pair["client"] as client,
+        ):
             try:
                 for channel in (server, client):
                     meter.take_over(channel.meter, channel.peer)
@@ -164,6 +168,7 @@ class Dealer:
                     channel.timeout = settings.timeouts.idle
                     channel.while_silent = self._end_when_idle
                     handshake.say(channel, hello.answer("dealer", settings.backend_name))
+                    heartbeat.keep(channel)
                 options = Options(
                     hello.batch, settings.threads, settings.device, ahead=settings.ahead,
                     grant=partial(self._grant, named["session"], named["who"]),
