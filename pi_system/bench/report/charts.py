@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from math import log10
 from typing import Any, Final
 
 import matplotlib
@@ -201,8 +202,9 @@ def _lines(chart: Lines, ink: str, colours: Sequence[str]) -> Figure:
         axes.set_xscale("log")
         ticks = sorted({x for line in chart.lines for x in line.x})
         _log_ticks(axes.xaxis, ticks[-1] / ticks[0])
-        if len(ticks) <= _TICKS:
-            axes.set_xticks(ticks)
+        apart = _apart(ticks)
+        if len(apart) <= _TICKS:
+            axes.set_xticks(apart)
             axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
     axes.yaxis.set_major_formatter(FuncFormatter(_count))
@@ -267,6 +269,16 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks(range(len(labels)), [short(label, _TICK) for label in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Those whose labels do not touch on a logarithmic axis of all."""
+    least = 10 ** (0.1 * log10(ticks[-1] / ticks[0]))
+    found = [ticks[0]]
+    for tick in ticks[1:]:
+        if tick >= least * found[-1]:
+            found.append(tick)
+    return found
 
 
 def _log_ticks(axis: Axis, span: float) -> None:
