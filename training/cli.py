@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import logging
@@ -192,6 +191,11 @@ _SHARED = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Directory of teacher and sensitivities, if several runs share them.",
 )
+_THREADS = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads in place of the recipe's; results repeat up to rounding alone.",
+)
 _PICTURES = click.option(
     "--pictures/--no-pictures",
     default=False,
@@ -200,7 +204,7 @@ _PICTURES = click.option(
 
 
 def _run_options(command: F) -> F:
-    for option in (_SHARED, _DIRECTORY, _DATA):
+    for option in (_THREADS, _SHARED, _DIRECTORY, _DATA):
         command = option(command)
     return click.option(
         "--recipe",
@@ -211,11 +215,13 @@ def _run_options(command: F) -> F:
     )(command)
 
 
-def _open(recipe_name: str, data_path: Path, directory: Path, shared: Path | None) -> Run:
-    return _run(recipe_module.load(recipe_name), data_path, directory, shared)
+def _open(recipe_name: str, **where: Any) -> Run:
+    return _run(recipe_module.load(recipe_name), **where)
 
 
-def _run(chosen: Recipe, data_path: Path, directory: Path, shared: Path | None) -> Run:
+def _run(
+    chosen: Recipe, data_path: Path, directory: Path, shared: Path | None, threads: int | None
+) -> Run:
     ranks = click.get_current_context().with_resource(joined())
     level = logging.INFO if ranks.first else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -223,7 +229,7 @@ def _run(chosen: Recipe, data_path: Path, directory: Path, shared: Path | None) 
     if ranks.first:
         reporter = BarReporter() if sys.stderr.isatty() else LineReporter()
     dataset = data_module.load(chosen.dataset, data_path)
-    return Run(directory, chosen, dataset, reporter, shared, ranks)
+    return Run(directory, chosen, dataset, reporter, shared, ranks, threads or 0)
 
 
 @click.group(cls=Group)
@@ -452,11 +458,7 @@ def smoke(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder that gets one JSON file per finished student.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    help="CPU threads in place of the recipe's; results repeat up to rounding alone.",
-)
+@_THREADS
 @_output_options
 def sweep(
     path: Path,
@@ -479,8 +481,7 @@ def sweep(
           --run runs/sweep --results benchmarks/results/senet
     """
     jobs = sweep_module.load(path)
-    base = _run(jobs[0].recipe, data_path, directory, shared or directory / "shared")
-    base = dataclasses.replace(base, cores=threads or 0)
+    base = _run(jobs[0].recipe, data_path, directory, shared or directory / "shared", threads)
     for _ in sweep_module.run(jobs, base, results):
         pass
     shown = ("method", "relu_kept", "seed", "validation_accuracy", "test_accuracy")

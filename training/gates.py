@@ -36,13 +36,28 @@ def gated(model: fx.GraphModule) -> dict[str, Gate]:
     return result
 
 
-def top_together(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The masks of exactly ``count`` largest scores over all sites together."""
-    chosen = top(torch.cat([score.reshape(-1) for score in scores.values()]), count)
-    parts = torch.split(chosen, [score.numel() for score in scores.values()])
+def top_together(scores: dict[str, Tensor], count: int, minimum: int = 0) -> dict[str, Tensor]:
+    """The masks of exactly ``count`` largest scores over all sites together.
+
+    Args:
+        minimum: a site with fewer keeps none, the one with the fewest first, as long as the
+            others have room for what it leaves.
+    """
+    kept = dict(scores)
+    while True:
+        chosen = top(torch.cat([score.reshape(-1) for score in kept.values()]), count)
+        parts = torch.split(chosen, [score.numel() for score in kept.values()])
+        sizes = {name: int(part.sum()) for name, part in zip(kept, parts, strict=True)}
+        small = [name for name, size in sizes.items() if 0 < size < minimum]
+        smallest = min(small, key=lambda name: sizes[name], default=None)
+        room = sum(score.numel() for name, score in kept.items() if name != smallest)
+        if smallest is None or room < count:
+            break
+        del kept[smallest]
+    found = {name: part.view(kept[name].shape) for name, part in zip(kept, parts, strict=True)}
     return {
-        name: part.view(score.shape)
-        for (name, score), part in zip(scores.items(), parts, strict=True)
+        name: found.get(name, torch.zeros_like(score, dtype=chosen.dtype))
+        for name, score in scores.items()
     }
 
 
@@ -63,6 +78,7 @@ class GateStage(Stage):
         super().__init__(run, student, (Phase(settings.epochs),), settings.optimizer)
         self.rule = rule
         self.target = run.recipe.searched(rule.count.total)
+        self.minimum = run.recipe.allocate.min_relus
         self._all_relu = teacher
         view = with_activations(student, ())
         self._step = run.compiled(Distill(view, settings.ce, settings.kl, settings.temperature))

@@ -153,7 +153,8 @@ class Allocate:
     (``relus``, one number per layer, such as ``pi-train allocate --target-latency`` finds), or
     ``search``: the mask search compares positions of all layers with each other.
 
-    A site whose share is under ``min_relus`` keeps none, under ``senet`` and ``uniform``.
+    A site whose share is under ``min_relus`` keeps none, under ``senet``, ``uniform`` and
+    ``search``.
     """
 
     rule: str = "senet"

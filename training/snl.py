@@ -61,4 +61,4 @@ class SnlStage(GateStage):
 
     def masks(self) -> dict[str, Tensor]:
         gates = {name: gate.gate.detach() for name, gate in self.gates.items()}
-        return top_together(gates, self.target)
+        return top_together(gates, self.target, self.minimum)

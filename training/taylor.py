@@ -51,7 +51,7 @@ class TaylorStage(GateStage):
         budget = self.budget(done)
         quota = self.rule(budget)
         if quota is None:
-            masks = top_together(self.scores, budget)
+            masks = top_together(self.scores, budget, self.minimum)
         else:
             masks = {name: top(score, quota[name]) for name, score in self.scores.items()}
         with torch.no_grad():

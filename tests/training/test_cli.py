@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from training.cli import cli
@@ -54,6 +55,16 @@ def test_teacher_alone_leaves_the_test_split_alone(
     assert row["model"] == "teacher" and row["test_accuracy"] == ""
     manifest = json.loads((tmp_path / "teacher" / "manifest.json").read_text())
     assert manifest["test_accuracy"] is None
+
+
+def test_threads_take_the_place_of_the_recipes(
+    cifar10: Path, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    where = ("--recipe", recipe_path, "--data", cifar10, "--run", tmp_path, "--threads", 2)
+    assert invoke("teacher", *where)[0] == 0
+    assert asked[0] == 2
 
 
 def test_evaluate_agrees_with_the_manifest(

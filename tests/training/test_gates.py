@@ -150,6 +150,29 @@ def test_top_together_keeps_exactly_k(values: list[list[int]], draw: st.DataObje
 
 @settings(deadline=None)
 @given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.data(),
+)
+def test_top_together_empties_small_sites(
+    values: list[list[int]], minimum: int, draw: st.DataObject
+) -> None:
+    scores = {str(i): torch.tensor(part, dtype=torch.float32) for i, part in enumerate(values)}
+    count = draw.draw(st.integers(0, sum(len(part) for part in values)))
+    sizes = {n: int(m.sum()) for n, m in top_together(scores, count, minimum).items()}
+    assert sum(sizes.values()) == count
+    used = [name for name, size in sizes.items() if size]
+    for name in used:
+        others = sum(len(scores[other]) for other in used if other != name)
+        assert sizes[name] >= minimum or others < count
+    alone = {name: scores[name] for name in used}
+    if used:
+        without = {n: int(m.sum()) for n, m in top_together(alone, count).items()}
+        assert without == {name: sizes[name] for name in used}
+
+
+@settings(deadline=None)
+@given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=8),
     st.integers(0, 200),
 )
