@@ -123,7 +123,7 @@ class Channel:
         self._lock = threading.Lock()
         self._sending = False
         self._unsent = b""
-        self._spoke = time.monotonic()
+        self._spoke = self._heard = time.monotonic()
         if sock.family in _INTERNET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
@@ -345,7 +345,9 @@ class Channel:
         """Send all of ``outgoing`` and fill ``incoming``, waiting as long as allowed."""
         if self._closed or self._failed:
             raise PeerError(f"the connection to the {self.peer} is closed")
-        deadline = Deadline(self.timeout, self.life)
+        deadline = Deadline(self.timeout)
+        if self.life is not None:  # who did not listen until now gives the peer some time yet
+            self._heard = max(self._heard, time.monotonic() - self.life / 2)
         deadline.expect(sum(map(len, outgoing)))
         pending = outgoing[::-1]
         if pending:
@@ -366,7 +368,7 @@ class Channel:
                     return
                 if moved:
                     deadline.progress()
-                elif not reading and self._read_ahead(deadline):
+                elif not reading and self._read_ahead():
                     continue
                 elif alone and self._may_spin(deadline):
                     alone = _yield_processor()
@@ -428,7 +430,7 @@ class Channel:
                     count = self._socket.recv_into(target)
             except _WOULD_BLOCK:
                 return incoming.arrived > before
-            deadline.heard()
+            self._heard = time.monotonic()
             if count == 0:
                 if incoming.begun:
                     raise PeerLost(f"lost the {self.peer} in the middle of a message")
@@ -442,7 +444,7 @@ class Channel:
     def _may_spin(self, deadline: Deadline) -> bool:
         return Channel._spinning == 1 and deadline.silence() < self.spin and deadline.left() > 0
 
-    def _read_ahead(self, deadline: Deadline) -> bool:
+    def _read_ahead(self) -> bool:
         """Take in what has come, if there is room; whether anything has."""
         if not self._has_room():
             return False
@@ -457,7 +459,7 @@ class Channel:
                 count = self._socket.recv_into(memoryview(self._buffer)[held:room])
         except _WOULD_BLOCK:
             return False
-        deadline.heard()
+        self._heard = time.monotonic()
         self._ended = count == 0
         self._end += count
         return count > 0
@@ -479,9 +481,10 @@ class Channel:
             left = min(left, _LOOK_UP)
         reading = reading or self._has_room()
         if self.life is not None and (reading or self._ended):
-            if deadline.life_left() <= 0:
+            alive = self._heard + self.life - time.monotonic()
+            if alive <= 0:
                 raise PeerTimeout(f"the {self.peer} gave no sign of life for {self.life:g} s")
-            left = min(left, deadline.life_left())
+            left = min(left, alive)
         if isinstance(self._socket, Shaped):
             self._socket.wait(reading, writing, left)
             return

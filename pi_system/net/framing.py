@@ -44,16 +44,12 @@ class PeerLost(PeerError):
 
 
 class Deadline:
-    """``timeout`` seconds of silence, or ``timeout`` plus the time of ``size`` at MIN_RATE.
+    """``timeout`` seconds of silence, or ``timeout`` plus the time of ``size`` at MIN_RATE."""
 
-    And ``life`` seconds without a byte, be it of a beat.
-    """
-
-    def __init__(self, timeout: float | None, life: float | None = None) -> None:
+    def __init__(self, timeout: float | None) -> None:
         self._timeout = math.inf if timeout is None else timeout
-        self._life = math.inf if life is None else life
         self._started = time.monotonic()
-        self._silent_since = self._heard = self._started
+        self._silent_since = self._started
         self._size = 0
 
     def expect(self, size: int) -> None:
@@ -61,9 +57,6 @@ class Deadline:
 
     def progress(self) -> None:
         self._silent_since = time.monotonic()
-
-    def heard(self) -> None:
-        self._heard = time.monotonic()
 
     def silence(self) -> float:
         """Seconds since the last progress."""
@@ -73,10 +66,6 @@ class Deadline:
         """Seconds left, possibly negative."""
         frame = self._started + self._size / MIN_RATE
         return min(self._silent_since, frame) + self._timeout - time.monotonic()
-
-    def life_left(self) -> float:
-        """Seconds until the peer counts as dead, possibly negative."""
-        return self._heard + self._life - time.monotonic()
 
 
 class Incoming:

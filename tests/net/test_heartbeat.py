@@ -137,7 +137,7 @@ def test_a_peer_that_computes_is_waited_for_and_one_that_died_meanwhile_is_not()
             work = pool.submit(compute)
             assert first.recv() == b"done"
             work.result()
-        # Signs of life that came while nobody listened are old by now.
+        # What came while nobody listened is a sign of life when it is heard.
         started = time.monotonic()
         with pytest.raises(PeerTimeout, match="no sign of life"):
             first.recv()
@@ -269,3 +269,14 @@ def test_no_thread_to_be_had_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(BusyError, match="no thread for a session"):
             heartbeat.keep(first)
         monkeypatch.undo()
+
+
+def test_a_peer_silent_for_long_before_it_is_waited_for_is_given_half_the_time() -> None:
+    first, second = channel_pair(timeout=20)
+    with first, second:
+        first.life = 0.8
+        time.sleep(1.0)
+        started = time.monotonic()
+        with pytest.raises(PeerTimeout, match="no sign of life"):
+            first.recv()
+        assert 0.35 < time.monotonic() - started < 0.75
