@@ -504,6 +504,7 @@ class Recording:
             Listener("127.0.0.1", 0) as at_dealer,
         ):
             addresses = [Address(end.host, end.port) for end in (at_server, at_dealer)]
+            self.dealer_at = addresses[1]
             dealer = dealer_party.Dealer(at_dealer, ServingSettings(FssBackend(), "fss"))
             serve = self._server_settings(addresses[1])
             threads = [
@@ -568,7 +569,7 @@ class Recording:
                         server_party.serve_once(listener, self._server_settings(NOWHERE))
                 case "client":
                     with mock.patch.object(client_party, "connect", connect):
-                        self._client(NOWHERE, NOWHERE)
+                        self._client(NOWHERE, self.dealer_at)  # as its hello said
                 case "dealer":
                     listener = _Door([made["client"], made["server"]])
                     settings = ServingSettings(FssBackend(), "fss")

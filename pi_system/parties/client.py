@@ -30,8 +30,8 @@ class ClientSettings:
     """Whom to ask and how.
 
     Attributes:
-        dealers: in the server's order; one of them that answers is taken. None for a session on
-            material that is in stock on both sides.
+        dealers: one that answers is taken. None for a session on material that is in stock on
+            both sides.
         batch: images per inference.
         threads: of this party.
         link: the emulated network on every connection; None for none.
@@ -94,7 +94,7 @@ class Client:
                 session,
                 settings.backend_name,
                 settings.batch,
-                dealer=dealer is not None,
+                dealers=tuple(map(str, settings.dealers)),
             )
             # The dealer answers once it has both; so the server must be spoken to in between.
             if dealer is not None:

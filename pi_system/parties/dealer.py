@@ -222,7 +222,10 @@ class Dealer:
                     continue
                 del self._waiting[session]
                 missing = "server" if waiting.hello.role == "client" else "client"
-                late = PeerTimeout(f"the {missing} did not come within {step:g} s")
+                late = PeerTimeout(
+                    f"the {missing} did not come within {step:g} s (does it know this dealer by "
+                    "another place in its list?)"
+                )
                 found.append((waiting, BusyError(STOPPING) if stopping else late))
         return found
 

@@ -109,7 +109,7 @@ class _Session:
                 begun = True
                 self._journal.write(
                     "session", session=self._name, who=who, batch=hello.batch, ms=waited,
-                    dealer="yes" if hello.dealer else "no",
+                    dealer="yes" if hello.dealers else "no",
                 )  # fmt: skip
                 self._converse(hello)
             except Exception as error:
@@ -159,8 +159,8 @@ class _Session:
         client.timeout = timeouts.step
         mine = hello.answer("server", settings.backend_name)
         dealer = None
-        if hello.dealer:
-            chosen = handshake.dealer_of(hello.session, len(settings.dealers))
+        if hello.dealers:
+            chosen = handshake.dealer_here(hello, [str(at) for at in settings.dealers])
             dealer = self._stack.enter_context(
                 connect(
                     *settings.dealers[chosen],

@@ -92,6 +92,32 @@ def test_what_the_client_refuses_in_an_answer(
         handshake.hear(client, Hello("client", SESSION, "fss", 1), role="server")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("here", "there", "found"),
+    [
+        ("A:1,B:1", "A:1,B:1", (0, 1)),
+        ("A:1,B:1", "B:1,A:1", (1, 0)),  # the order is of no account
+        ("A:1,B:1,C:1", "C:1,B:1", (2, 1)),
+        ("a:1,b:1", "A:1,B:1", (0, 1)),  # each side has names of its own
+        ("A:1,b:1", "A:1,B:1", (0, 1)),
+        ("b:1,A:1", "A:1,B:1", (1, None)),
+        ("A:1,C:1", "B:1,A:1", (None, 0)),
+        ("a:1", "A:1,B:1", (None, None)),
+    ],
+)
+def test_the_server_finds_the_clients_dealer_or_says_both_lists(
+    here: str, there: str, found: tuple[int | None, int | None], place: int
+) -> None:
+    names = tuple(there.split(","))
+    hello = Hello("client", handshake.new_session(place, len(names)), "fss", 1, names)
+    if (expected := found[place]) is not None:
+        assert handshake.dealer_here(hello, here.split(",")) == expected
+    else:
+        with pytest.raises(RefusedError, match=f"dealers {here} here, {there} at the client"):
+            handshake.dealer_here(hello, here.split(","))
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -103,6 +129,8 @@ def test_what_the_client_refuses_in_an_answer(
         {**GOOD, "session": "x"},
         {**GOOD, "session": SESSION + "\n"},
         {**GOOD, "role": 3},
+        {**GOOD, "dealers": True},
+        {**GOOD, "dealers": [1]},
         {**GOOD, "backend": "x" * 201},
     ],
 )
