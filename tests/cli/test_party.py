@@ -107,13 +107,8 @@ def test_dealers_are_found_in_any_order_and_lists_that_leave_it_open_are_refused
         known = ("--server", at, "--dealer", dealers)
         return start("client", *known, "--images", images, "--format", "csv", *TOY)
 
-    # Each list is one dealer's turn, whichever it is.
-    good = [
-        client(f"{other},{one}"),
-        client(other),
-        client(f"localhost:{one.split(':')[1]},{other}"),
-    ]
     unknown = f"localhost:{one.split(':')[1]}"
+    good = [client(f"{other},{one}"), client(other), client(f"{unknown},{other}")]
     bad = client(unknown)
     for process in good:
         _, err = process.communicate(timeout=60)
