@@ -123,7 +123,6 @@ def test_the_scenarios_of_the_repository_are_right(path: Path) -> None:
     assert read_scenario(path)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
 def test_networks_have_every_cell_the_slowest_last() -> None:
     """Both backends and budgets over each network; what takes longest does not hold up the rest."""
     cases = read_scenario(SCENARIOS / "networks.toml")
@@ -134,6 +133,7 @@ def test_networks_have_every_cell_the_slowest_last() -> None:
     assert all(case.repeat <= 3 and case.warmup == 0 for case in cases[-2:])
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
 def test_a_row_is_what_a_single_run_would_say_and_is_measured_once(
     tmp_path: Path, toy_model: Path, parties: Callable[[], dict[str, int]], suffix: str
 ) -> None:
