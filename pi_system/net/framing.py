@@ -2,7 +2,8 @@
 
 The length 0xFFFFFFFF opens an abort: one more length and a short reason, after which the peer
 closes. The length 0xFFFFFFFE alone is the orderly end: a connection that closes without one of the
-two is a lost peer. Every length is checked before anything is allocated.
+two is a lost peer. The length 0xFFFFFFFD alone, between two frames, is a beat: the peer lives, and
+that is all. Every length is checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ MIN_RATE: Final = 1 << 18
 """Bytes per second that a frame under way must keep on average."""
 ABORT: Final = 0xFFFF_FFFF
 END: Final = 0xFFFF_FFFE
+BEAT: Final = 0xFFFF_FFFD
 ABORT_LIMIT: Final = 1 << 10
 _TLS_RECORDS: Final = (b"\x15\x03", b"\x16\x03")
 """How a TLS alert and a TLS handshake begin."""
@@ -42,12 +44,16 @@ class PeerLost(PeerError):
 
 
 class Deadline:
-    """``timeout`` seconds of silence, or ``timeout`` plus the time of ``size`` at MIN_RATE."""
+    """``timeout`` seconds of silence, or ``timeout`` plus the time of ``size`` at MIN_RATE.
 
-    def __init__(self, timeout: float | None) -> None:
+    And ``life`` seconds without a byte, be it of a beat.
+    """
+
+    def __init__(self, timeout: float | None, life: float | None = None) -> None:
         self._timeout = math.inf if timeout is None else timeout
+        self._life = math.inf if life is None else life
         self._started = time.monotonic()
-        self._silent_since = self._started
+        self._silent_since = self._heard = self._started
         self._size = 0
 
     def expect(self, size: int) -> None:
@@ -55,6 +61,9 @@ class Deadline:
 
     def progress(self) -> None:
         self._silent_since = time.monotonic()
+
+    def heard(self) -> None:
+        self._heard = time.monotonic()
 
     def silence(self) -> float:
         """Seconds since the last progress."""
@@ -64,6 +73,10 @@ class Deadline:
         """Seconds left, possibly negative."""
         frame = self._started + self._size / MIN_RATE
         return min(self._silent_since, frame) + self._timeout - time.monotonic()
+
+    def life_left(self) -> float:
+        """Seconds until the peer counts as dead, possibly negative."""
+        return self._heard + self._life - time.monotonic()
 
 
 class Incoming:
@@ -92,7 +105,7 @@ class Incoming:
             self._header += view[:count]
             if len(self._header) == HEADER.size:
                 self._open(peer)
-                deadline.expect(self.size)
+                deadline.expect(max(0, self.size))
             return count
         count = min(self.size - self._filled, len(view))
         if self._into is None:
@@ -103,6 +116,11 @@ class Incoming:
         if self.complete and self._aborting:
             self._raise_abort(peer)
         return count
+
+    @property
+    def arrived(self) -> int:
+        """Bytes of the frame so far; those of beats before it do not count."""
+        return len(self._header) + self._filled
 
     def room(self) -> memoryview | None:
         """Where to receive directly, for a large rest of a known buffer."""
@@ -126,6 +144,9 @@ class Incoming:
                 raise ProtocolError(f"the {peer} sent a malformed message")
         elif size == ABORT:
             self._aborting, self._into, self._header = True, None, bytearray()
+            return
+        elif size == BEAT:
+            self._header, self.begun = bytearray(), False
             return
         elif size == END:
             raise PeerClosed(f"the {peer} ended the session")

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ..backends.base import Backend, Keeping, KeepingSession, Options
 from ..errors import PeerTimeout, PiError, ProtocolError, RefusedError, UsageError
-from ..net.channel import Channel, connect
+from ..net.channel import Channel
 from ..net.link import Link
+from ..net.listen import connect
 from ..net.meter import Meter
 from ..net.tls import Identity
 from . import commands, handshake
@@ -78,6 +79,7 @@ class Client:
         self.meter = Meter()
         self._settings = settings
         self._stack = contextlib.ExitStack()
+        heartbeat = self._stack.enter_context(settings.timeouts.heartbeat())
         self._laid = self._used = 0
         self._channels: dict[str, Channel] = {}
         step = settings.timeouts.step
@@ -98,8 +100,10 @@ class Client:
             if dealer is not None:
                 handshake.say(dealer, mine)
             handshake.greet(self._server, mine, role="server")
+            heartbeat.keep(self._server)
             if dealer is not None:
                 handshake.hear(dealer, mine, role="dealer")
+                heartbeat.keep(dealer)
             self.model: PublicModel = receive_public(self._server)
             if settings.expect_model not in (None, self.model.sha256):
                 raise RefusedError(

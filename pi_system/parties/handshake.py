@@ -18,7 +18,7 @@ from typing import Any, Final
 from ..errors import ProtocolError, RefusedError
 from ..net.channel import Channel
 
-VERSION: Final = 3
+VERSION: Final = 4
 MAX_BATCH: Final = 1024
 _LIMIT: Final = 4096
 _SESSION: Final = re.compile(r"[0-9a-f]{32}")

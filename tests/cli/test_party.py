@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pi_system.net.channel import Listener, connect
+from pi_system.net.listen import Listener, connect
 
 Start = Callable[..., subprocess.Popen[str]]
 PARTY = [sys.executable, "-m", "pi_system.cli.party"]

@@ -56,7 +56,7 @@ def test_two_that_agree_shake_hands(pair: tuple[Channel, Channel]) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 2}, "version 3 here, 2 at the client"),
+        ({"version": 3}, "version 4 here, 3 at the client"),
         ({"backend": "crypten"}, "backend 'fss' here, 'crypten' at the client"),
         ({"role": "dealer"}, "a client may connect here, not a dealer"),
         ({"batch": 5000}, "batch of 1 to 1024 here, 5000 asked for"),
@@ -76,7 +76,7 @@ def test_what_the_server_refuses_the_client_hears(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 4}, "version 3 here, 4 at the server"),
+        ({"version": 5}, "version 4 here, 5 at the server"),
         ({"backend": "crypten"}, "backend 'fss' here, 'crypten' at the server"),
         ({"session": "f" * 32}, f"session '{SESSION}' here, '{'f' * 32}' at the server"),
         ({"batch": 2}, "batch 1 here, 2 at the server"),

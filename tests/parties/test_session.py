@@ -16,7 +16,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pi_system.errors import PeerError, ProtocolError, RefusedError, UsageError
-from pi_system.net.channel import Listener, connect
+from pi_system.net.listen import Listener, connect
 from pi_system.net.meter import Meter
 from pi_system.parties import commands, handshake
 from pi_system.parties.address import Address
