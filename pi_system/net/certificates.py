@@ -165,6 +165,6 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write(path: Path, data: bytes, mode: int, written: list[Path]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    written.append(path)  # now, so that one half written is removed too
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
-    written.append(path)
