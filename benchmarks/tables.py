@@ -4,6 +4,7 @@ python benchmarks/tables.py runs benchmarks/results/run-*.json
 python benchmarks/tables.py compare benchmarks/results/compare-*.json
 python benchmarks/tables.py growth benchmarks/results/sweep-relus.json
 python benchmarks/tables.py networks benchmarks/results/sweep-networks.json
+python benchmarks/tables.py networks benchmarks/results/sweep-threads.json
 python benchmarks/tables.py published benchmarks/published.json
 python benchmarks/tables.py network benchmarks/results/network.json
 python benchmarks/tables.py pingpong benchmarks/results/pingpong.json
@@ -15,6 +16,7 @@ python benchmarks/tables.py aware benchmarks/results/senet-network/*.json \\
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -320,6 +322,39 @@ def networks_row(row: Mapping[str, Any]) -> Row:
     )
 
 
+def networks_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Every combination of what the rows differ in, near networks first; one that none of them has
+    is marked."""
+    settings: dict[str, Callable[[str], float]] = {
+        "backend": lambda name: [*NAMES, name].index(name),
+        "model.relu_kept": int,
+        "network.name": _round_trip_ms,
+        "threads_per_party": int,
+        "batch_size": int,
+    }
+    found: dict[Row, Mapping[str, Any]] = {}
+    for row in rows:
+        found.setdefault(tuple(str(row[key]) for key in settings), row)
+    choices = [
+        sorted({setting[place] for setting in found}, key=rank)
+        for place, rank in enumerate(settings.values())
+    ]
+    printed = []
+    for setting in itertools.product(*choices):
+        if setting in found:
+            printed.append(networks_row(found[setting]))
+            continue
+        backend, relus, *others = setting
+        head = (NAMES.get(backend, backend), f"{int(relus):,}", *others, "not measured")
+        printed.append((*head, *[""] * (len(NETWORKS) - len(head))))
+    return printed
+
+
+def _round_trip_ms(network: str) -> float:
+    link = links.parse(network)
+    return link.rtt_ms if link else 0.0
+
+
 def published_rows(document: Mapping[str, Any], folder: Path) -> list[Row]:
     """What papers say of themselves, and of each other, as their texts have it; below, what was
     measured here, from result files.
@@ -506,7 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     if given.table in ("growth", "networks"):
         rows = [row for path in given.files for row in Sheet(path).tidy_rows()]
         if given.table == "networks":
-            return markdown(NETWORKS, [networks_row(row) for row in rows])
+            return markdown(NETWORKS, networks_rows(rows))
         return markdown(GROWTH, [growth_row(row) for row in rows], growth_notes(rows))
     documents = [json.loads(path.read_text()) for path in given.files]
     if given.table == "compare":

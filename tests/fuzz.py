@@ -52,9 +52,9 @@ from pi_system.backends.fss.relu import Width
 from pi_system.errors import PeerError, PiError, ProtocolError, RefusedError, UsageError
 from pi_system.graph import serialize
 from pi_system.graph.ir import Graph
-from pi_system.net import channel as channels
 from pi_system.net.channel import Channel, PeerClosed, PeerLost
-from pi_system.net.framing import END
+from pi_system.net.framing import BEAT, END
+from pi_system.net.listen import Listener
 from pi_system.net.meter import Clock
 from pi_system.parties import client as client_party
 from pi_system.parties import commands, handshake, images, public
@@ -86,7 +86,7 @@ class Broken(AssertionError):
 # -- mutations ------------------------------------------------------------------------------------
 
 WORDS = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 1 << 20, 1 << 30, 0x7FFFFFFF, 0xFFFFFFFF,
-         0xFFFFFFFE, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
+         0xFFFFFFFE, 0xFFFFFFFD, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 8, 64, 65, 1 << 16, 1 << 28, 1 << 31, 1 << 40, 1 << 63,
     1 << 64, -(1 << 63), 10**30, 10**400, 0.5, -0.0, 1e308, float("inf"), float("nan"), "", "x",
@@ -281,7 +281,7 @@ def decoders(graph: Graph) -> list[Target]:
     return [
         Target("frames", [frame(b"one") + frame(b""), frame(b"x" * 200) * 2,
                           HEADER.pack(0xFFFFFFFF) + frame(b"refused for a reason"),
-                          frame(b"last") + HEADER.pack(END)],
+                          HEADER.pack(BEAT) + frame(b"last") + HEADER.pack(END)],
                stream, (PeerError, RefusedError)),
         Target("json", [plan_text, b"[1, 2.5, null]", hello], through(lambda c: c.recv_json())),
         Target("hello", [hello], through(
@@ -500,10 +500,11 @@ class Recording:
         with (
             self.repeatable_names(),
             mock.patch.object(Channel, "__init__", recorded),
-            channels.Listener("127.0.0.1", 0) as at_server,
-            channels.Listener("127.0.0.1", 0) as at_dealer,
+            Listener("127.0.0.1", 0) as at_server,
+            Listener("127.0.0.1", 0) as at_dealer,
         ):
             addresses = [Address(end.host, end.port) for end in (at_server, at_dealer)]
+            self.dealer_at = addresses[1]
             dealer = dealer_party.Dealer(at_dealer, ServingSettings(FssBackend(), "fss"))
             serve = self._server_settings(addresses[1])
             threads = [
@@ -568,7 +569,7 @@ class Recording:
                         server_party.serve_once(listener, self._server_settings(NOWHERE))
                 case "client":
                     with mock.patch.object(client_party, "connect", connect):
-                        self._client(NOWHERE, NOWHERE)
+                        self._client(NOWHERE, self.dealer_at)  # as its hello said
                 case "dealer":
                     listener = _Door([made["client"], made["server"]])
                     settings = ServingSettings(FssBackend(), "fss")

@@ -10,7 +10,8 @@ A scenario is a list of grids::
     plans = ["default", "high"]     # of backend fss; the others have none
     repeat = 20
 
-A sweep that was stopped goes on where it was: rows that the output has are not measured again.
+Grids are measured in their order: what takes longest goes last. A sweep that was stopped goes on
+where it was: rows that the output has are not measured again.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Outcome:
 
 
 def read_scenario(path: Path, plan: str = DEFAULT_PLAN) -> list[Case]:
-    """The cases of a scenario, each once, model by model.
+    """The cases of a scenario, each once, in the order of its grids and model by model in each.
 
     Args:
         plan: of the grids that name none.
@@ -125,8 +126,7 @@ def read_scenario(path: Path, plan: str = DEFAULT_PLAN) -> list[Case]:
     cases: dict[Case, None] = {}
     for number, grid in enumerate(grids, start=1):
         cases |= dict.fromkeys(_cases(grid, plan, f"{path}: grid {number}"))
-    order = list(dict.fromkeys(case.model for case in cases))
-    return sorted(cases, key=lambda case: order.index(case.model))
+    return list(cases)
 
 
 def sweep(

@@ -5,18 +5,17 @@ anything is allocated, every wait has a limit, and a lost peer is a :class:`Peer
 the system called it. Frames are opaque here; what they mean is the backends' matter.
 
 Limits on waiting. A peer may be silent for ``timeout`` seconds; a frame under way must moreover
-keep an average of :data:`MIN_RATE`, so that a peer that trickles bytes cannot hold a party. A
-process that dies closes its socket and is noticed at once; a host that vanishes while it is
-waited for is noticed by TCP keep-alive in about 8 s even where ``timeout`` is long.
+keep an average of :data:`MIN_RATE`, so that a peer that trickles bytes cannot hold a party. Where
+``timeout`` is long, because a peer may compute for long, signs of life are asked for meanwhile
+(:mod:`.heartbeat`). A process that dies closes its socket and is noticed at once.
 
 The socket is non-blocking and tried before it is waited for, which serves plain and TLS sockets
-alike.
+alike. A lock is held for each call on it: TLS bears no two threads at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -35,6 +34,7 @@ import numpy.typing as npt
 
 from ..errors import PeerError, PeerTimeout, ProtocolError, RefusedError, UsageError
 from .framing import (
+    BEAT,
     BUFFER,
     END,
     HEADER,
@@ -51,7 +51,7 @@ from .framing import PeerClosed as PeerClosed
 from .framing import PeerLost as PeerLost
 from .link import Link, Shaped
 from .meter import Direction, Meter
-from .tls import ROLES, Identity, refused, role_of
+from .tls import refused, role_of
 
 DEFAULT_TIMEOUT: Final = 8.0
 
@@ -63,11 +63,14 @@ _LOOK_UP: Final = 0.2
 _OTHERS: Final = 2e-5
 """Seconds of a yield after which somebody else must have had the processor."""
 _busy: Final = threading.Lock()
+_UNREAD: Final = 64
+"""Buffers of what the peer sent that are taken in before closing, at most."""
 _WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Channel:
-    """One connection to a peer. Not for use by several threads at once.
+    """One connection to a peer. Not for use by several threads at once, but for :meth:`beat`
+    and :meth:`cut`.
 
     After a failed send or receive only :meth:`abort` and :meth:`close` are of use.
 
@@ -75,6 +78,7 @@ class Channel:
         peer: what the peer is called in messages and in the log ("server", "client", "dealer").
         meter: counts every frame; shared by the channels of a party.
         timeout: seconds a peer may be silent; ``None`` waits for ever.
+        life: seconds it may give no sign of life, be it a beat; ``None`` where it sends none.
         spin: seconds to keep asking for bytes before sleeping until some come; see
             :meth:`spinning`.
         role: what the peer's certificate speaks for; ``None`` without TLS.
@@ -103,6 +107,7 @@ class Channel:
         self.peer = peer
         self.meter = Meter() if meter is None else meter
         self.timeout = timeout
+        self.life: float | None = None
         self.spin = 0.0
         self.role = role_of(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
         self.who = _who(sock)
@@ -115,9 +120,12 @@ class Channel:
         self._start = self._end = 0
         self._ahead = 0
         self._ended = False
+        self._lock = threading.Lock()
+        self._sending = False
+        self._unsent = b""
+        self._spoke = self._heard = time.monotonic()
         if sock.family in _INTERNET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _keep_alive(sock)
         sock.setblocking(False)
 
     # -- frames -------------------------------------------------------------------------------
@@ -220,10 +228,28 @@ class Channel:
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"the {self.peer} sent no valid JSON") from error
 
+    # -- from other threads -------------------------------------------------------------------
+
     def cut(self) -> None:
-        """Break the connection, from another thread: whoever waits on it has lost its peer."""
+        """Break the connection: whoever waits on it has lost its peer."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._raw, socket.SHUT_RDWR)
+
+    def beat(self, every: float) -> None:
+        """Give a sign of life, if nothing was sent for ``every`` seconds and this cannot wait."""
+        if time.monotonic() - self._spoke < every or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not (self._sending or self._failed or self._closed):
+                self._unsent = self._unsent or HEADER.pack(BEAT)
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+                self._spoke = time.monotonic()
+        except _WOULD_BLOCK:
+            pass  # TLS has a record of it by now: these very bytes must go first
+        except OSError:
+            self._spoke = math.inf  # whoever uses the channel next is told
+        finally:
+            self._lock.release()
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -232,23 +258,14 @@ class Channel:
 
         The peer's next receive raises :class:`RefusedError` or :class:`PeerError` with the reason.
         """
-        if self._closed:
-            return
-        with contextlib.suppress(OSError):  # the peer will see the connection close anyway
-            self._socket.send(abort_message(error))
-            self._socket.shutdown(socket.SHUT_WR)
-        self.close()
+        self._finish(abort_message(error))
 
     def end(self) -> None:
         """Tell the peer, unless it has said so itself, that the session is over, and close.
 
         The peer's next receive raises :class:`PeerClosed`. Ends and aborts are not counted.
         """
-        if not (self._closed or self._failed or self.ended):
-            with contextlib.suppress(OSError):
-                self._socket.send(HEADER.pack(END))
-                self._socket.shutdown(socket.SHUT_WR)
-        self.close()
+        self._finish(b"" if self._failed or self.ended else HEADER.pack(END))
 
     def await_end(self) -> None:
         """Wait for the peer's :meth:`end`, unless it has come already.
@@ -263,7 +280,25 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection and say nothing; a second call does nothing."""
-        if not self._closed:
+        with self._lock:
+            self._closed = True
+            self._socket.close()
+
+    def _finish(self, words: bytes) -> None:
+        """Send last words, if any, and close so that the peer can hear them.
+
+        Closing with bytes unread, as beats would be, resets the connection and loses what is
+        under way.
+        """
+        with self._lock:
+            if not self._closed and words:
+                with contextlib.suppress(OSError):  # the peer will see the connection close anyway
+                    for part in filter(None, (self._unsent, words)):
+                        self._socket.send(part)
+                    self._socket.shutdown(socket.SHUT_WR)
+                    for _ in range(_UNREAD):
+                        if not self._raw.recv(BUFFER):
+                            break
             self._closed = True
             self._socket.close()
 
@@ -311,8 +346,16 @@ class Channel:
         if self._closed or self._failed:
             raise PeerError(f"the connection to the {self.peer} is closed")
         deadline = Deadline(self.timeout)
+        if self.life is not None:  # who did not listen until now gives the peer some time yet
+            self._heard = max(self._heard, time.monotonic() - self.life / 2)
         deadline.expect(sum(map(len, outgoing)))
         pending = outgoing[::-1]
+        if pending:
+            with self._lock:
+                self._sending = True
+                if self._unsent:
+                    pending.append(memoryview(self._unsent))
+                    self._unsent = b""
         alone = True
         try:
             while True:
@@ -357,7 +400,8 @@ class Channel:
         moved = False
         while pending:
             try:
-                sent = self._socket.send(pending[-1])
+                with self._lock:
+                    sent = self._socket.send(pending[-1])
             except _WOULD_BLOCK:
                 return moved
             moved = True
@@ -365,10 +409,12 @@ class Channel:
                 pending.pop()
             else:
                 pending[-1] = pending[-1][sent:]
+        self._spoke = time.monotonic()
+        self._sending = False
         return moved
 
     def _receive_some(self, incoming: Incoming, deadline: Deadline) -> bool:
-        moved = False
+        before = incoming.arrived
         while not incoming.complete:
             if self._start < self._end:
                 view = memoryview(self._buffer)[self._start : self._end]
@@ -380,14 +426,15 @@ class Channel:
             direct = incoming.room()
             target = memoryview(self._buffer) if direct is None else direct
             try:
-                count = self._socket.recv_into(target)
+                with self._lock:
+                    count = self._socket.recv_into(target)
             except _WOULD_BLOCK:
-                return moved
+                return incoming.arrived > before
+            self._heard = time.monotonic()
             if count == 0:
                 if incoming.begun:
                     raise PeerLost(f"lost the {self.peer} in the middle of a message")
                 raise PeerLost(f"lost the {self.peer}: it closed the connection")
-            moved = True
             if direct is None:
                 self._start, self._end = 0, count
             else:
@@ -404,19 +451,25 @@ class Channel:
         held = self._end - self._start
         self._buffer[:held] = self._buffer[self._start : self._end]
         self._start, self._end = 0, held
-        if len(self._buffer) - held < BUFFER:
+        room = self._room()
+        if len(self._buffer) < min(held + BUFFER, room):
             self._buffer += bytes(BUFFER)
-        end = min(len(self._buffer), self._ahead)
         try:
-            count = self._socket.recv_into(memoryview(self._buffer)[held:end])
+            with self._lock:
+                count = self._socket.recv_into(memoryview(self._buffer)[held:room])
         except _WOULD_BLOCK:
             return False
+        self._heard = time.monotonic()
         self._ended = count == 0
         self._end += count
         return count > 0
 
+    def _room(self) -> int:
+        """Bytes that may be read ahead; a peer that is to give signs of life is always heard."""
+        return max(self._ahead, 0 if self.life is None else BUFFER)
+
     def _has_room(self) -> bool:
-        return not self._ended and self._end - self._start < self._ahead
+        return not self._ended and self._end - self._start < self._room()
 
     def _wait(self, reading: bool, writing: bool, deadline: Deadline) -> None:
         left = deadline.left()
@@ -427,6 +480,11 @@ class Channel:
             self.while_silent(deadline.silence())
             left = min(left, _LOOK_UP)
         reading = reading or self._has_room()
+        if self.life is not None and (reading or self._ended):
+            alive = self._heard + self.life - time.monotonic()
+            if alive <= 0:
+                raise PeerTimeout(f"the {self.peer} gave no sign of life for {self.life:g} s")
+            left = min(left, alive)
         if isinstance(self._socket, Shaped):
             self._socket.wait(reading, writing, left)
             return
@@ -473,153 +531,6 @@ def _yield_processor() -> bool:
     return time.perf_counter() - before < _OTHERS
 
 
-class Listener:
-    """A listening TCP socket. Port 0 takes a free one; :attr:`port` tells which.
-
-    Raises:
-        UsageError: the address cannot be had (in use, not of this host).
-    """
-
-    def __init__(self, host: str, port: int) -> None:
-        _check_port(port)
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.create_server((host, port), family=family, backlog=128)
-        except OSError as error:
-            in_use = error.errno == errno.EADDRINUSE
-            reason = "the port is in use" if in_use else (error.strerror or str(error))
-            raise UsageError(f"cannot listen on {host}:{port}: {reason}") from error
-
-    @classmethod
-    def adopt(cls, descriptor: int) -> Listener:
-        """Take over a listening socket inherited from the parent process."""
-        listener = cls.__new__(cls)
-        try:
-            listener._socket = socket.socket(fileno=descriptor)
-        except OSError as error:
-            raise UsageError(f"file descriptor {descriptor} is not a listening socket") from error
-        return listener
-
-    @property
-    def host(self) -> str:
-        return str(self._socket.getsockname()[0])
-
-    @property
-    def port(self) -> int:
-        return int(self._socket.getsockname()[1])
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def accept(
-        self,
-        *,
-        wait: float | None = None,
-        peer: str = "peer",
-        meter: Meter | None = None,
-        timeout: float | None = DEFAULT_TIMEOUT,
-        link: Link | None = None,
-        identity: Identity | None = None,
-        roles: tuple[str, ...] = ROLES,
-    ) -> Channel:
-        """The next connection, waiting up to ``wait`` seconds for it.
-
-        Args:
-            identity: speak TLS, with peers of ``roles`` only.
-
-        Raises:
-            PeerTimeout: nobody connected.
-            RefusedError, PeerError: somebody did, but TLS failed.
-        """
-        sock = self.take(wait, peer=peer)
-        return self.welcome(
-            sock, peer=peer, meter=meter, timeout=timeout, link=link, identity=identity, roles=roles
-        )
-
-    def take(self, wait: float | None = None, *, peer: str = "peer") -> socket.socket:
-        """The first half of :meth:`accept`: a connection that nothing was said on yet."""
-        self._socket.settimeout(wait)
-        try:
-            return self._socket.accept()[0]
-        except TimeoutError as error:
-            raise PeerTimeout(f"the {peer} did not connect within {wait:g} s") from error
-
-    @staticmethod
-    def welcome(
-        sock: socket.socket,
-        *,
-        peer: str = "peer",
-        meter: Meter | None = None,
-        timeout: float | None = DEFAULT_TIMEOUT,
-        link: Link | None = None,
-        identity: Identity | None = None,
-        roles: tuple[str, ...] = ROLES,
-    ) -> Channel:
-        """The second half of :meth:`accept`, which may take the peer some time."""
-        if identity is not None:
-            with _closed_on_failure(sock):
-                sock = identity.accept(sock, roles=roles, seconds=timeout or DEFAULT_TIMEOUT)
-        return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def connect(
-    host: str,
-    port: int,
-    *,
-    timeout: float | None = DEFAULT_TIMEOUT,
-    retry_for: float = DEFAULT_TIMEOUT,
-    peer: str = "peer",
-    meter: Meter | None = None,
-    link: Link | None = None,
-    identity: Identity | None = None,
-) -> Channel:
-    """Connect to a listening party, retrying for ``retry_for`` seconds while nobody listens.
-
-    With ``identity`` the connection speaks TLS, and the other side must be a ``peer``.
-
-    Raises:
-        UsageError: the host name is unknown, or the port number no such.
-        PeerTimeout: nobody listened in time.
-        RefusedError: TLS failed.
-    """
-    _check_port(port)
-    deadline = time.monotonic() + retry_for
-    pause = 0.02
-    while True:
-        left = deadline - time.monotonic()
-        try:
-            sock = socket.create_connection((host, port), timeout=max(left, 0.1))
-            break
-        except socket.gaierror as error:
-            raise UsageError(f"unknown host {host!r} for the {peer}") from error
-        except OSError as error:
-            if time.monotonic() + pause >= deadline:
-                reason = error.strerror or str(error)
-                raise PeerTimeout(
-                    f"cannot reach the {peer} at {host}:{port} within {retry_for:g} s: {reason}"
-                ) from error
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
-    if identity is not None:
-        with _closed_on_failure(sock):
-            sock = identity.connect(sock, role=peer, seconds=timeout or DEFAULT_TIMEOUT)
-    return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
-
-
 def channel_pair(
     *,
     timeout: float | None = DEFAULT_TIMEOUT,
@@ -632,29 +543,3 @@ def channel_pair(
         Channel(first, peer=names[1], timeout=timeout, link=link),
         Channel(second, peer=names[0], timeout=timeout, link=link),
     )
-
-
-@contextlib.contextmanager
-def _closed_on_failure(sock: socket.socket) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _check_port(port: int) -> None:
-    if not 0 <= port <= 65535:
-        raise UsageError(f"{port} is no port number (0 to 65535)")
-
-
-def _keep_alive(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", 2),
-        ("TCP_KEEPINTVL", 2),
-        ("TCP_KEEPCNT", 3),
-    ):
-        option = getattr(socket, name, None)
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -2,7 +2,8 @@
 
 The length 0xFFFFFFFF opens an abort: one more length and a short reason, after which the peer
 closes. The length 0xFFFFFFFE alone is the orderly end: a connection that closes without one of the
-two is a lost peer. Every length is checked before anything is allocated.
+two is a lost peer. The length 0xFFFFFFFD alone, between two frames, is a beat: the peer lives, and
+that is all. Every length is checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ MIN_RATE: Final = 1 << 18
 """Bytes per second that a frame under way must keep on average."""
 ABORT: Final = 0xFFFF_FFFF
 END: Final = 0xFFFF_FFFE
+BEAT: Final = 0xFFFF_FFFD
 ABORT_LIMIT: Final = 1 << 10
 _TLS_RECORDS: Final = (b"\x15\x03", b"\x16\x03")
 """How a TLS alert and a TLS handshake begin."""
@@ -92,7 +94,7 @@ class Incoming:
             self._header += view[:count]
             if len(self._header) == HEADER.size:
                 self._open(peer)
-                deadline.expect(self.size)
+                deadline.expect(max(0, self.size))
             return count
         count = min(self.size - self._filled, len(view))
         if self._into is None:
@@ -103,6 +105,11 @@ class Incoming:
         if self.complete and self._aborting:
             self._raise_abort(peer)
         return count
+
+    @property
+    def arrived(self) -> int:
+        """Bytes of the frame so far; those of beats before it do not count."""
+        return len(self._header) + self._filled
 
     def room(self) -> memoryview | None:
         """Where to receive directly, for a large rest of a known buffer."""
@@ -126,6 +133,9 @@ class Incoming:
                 raise ProtocolError(f"the {peer} sent a malformed message")
         elif size == ABORT:
             self._aborting, self._into, self._header = True, None, bytearray()
+            return
+        elif size == BEAT:
+            self._header, self.begun = bytearray(), False
             return
         elif size == END:
             raise PeerClosed(f"the {peer} ended the session")

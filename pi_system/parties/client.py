@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ..backends.base import Backend, Keeping, KeepingSession, Options
 from ..errors import PeerTimeout, PiError, ProtocolError, RefusedError, UsageError
-from ..net.channel import Channel, connect
+from ..net.channel import Channel
 from ..net.link import Link
+from ..net.listen import connect
 from ..net.meter import Meter
 from ..net.tls import Identity
 from . import commands, handshake
@@ -29,8 +30,8 @@ class ClientSettings:
     """Whom to ask and how.
 
     Attributes:
-        dealers: in the server's order; one of them that answers is taken. None for a session on
-            material that is in stock on both sides.
+        dealers: one that answers is taken. None for a session on material that is in stock on
+            both sides.
         batch: images per inference.
         threads: of this party.
         link: the emulated network on every connection; None for none.
@@ -78,6 +79,7 @@ class Client:
         self.meter = Meter()
         self._settings = settings
         self._stack = contextlib.ExitStack()
+        heartbeat = self._stack.enter_context(settings.timeouts.heartbeat())
         self._laid = self._used = 0
         self._channels: dict[str, Channel] = {}
         step = settings.timeouts.step
@@ -92,14 +94,16 @@ class Client:
                 session,
                 settings.backend_name,
                 settings.batch,
-                dealer=dealer is not None,
+                dealers=tuple(map(str, settings.dealers)),
             )
             # The dealer answers once it has both; so the server must be spoken to in between.
             if dealer is not None:
                 handshake.say(dealer, mine)
             handshake.greet(self._server, mine, role="server")
+            heartbeat.keep(self._server)
             if dealer is not None:
                 handshake.hear(dealer, mine, role="dealer")
+                heartbeat.keep(dealer)
             self.model: PublicModel = receive_public(self._server)
             if settings.expect_model not in (None, self.model.sha256):
                 raise RefusedError(

@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 
 from ..backends.base import Options
 from ..errors import BusyError, PeerTimeout, PiError, ProtocolError, RefusedError
-from ..net.channel import Channel, Listener
+from ..net.channel import Channel
+from ..net.listen import Listener
 from ..net.meter import Meter
 from . import commands, handshake
 from .admission import STOPPING
@@ -155,7 +156,11 @@ class Dealer:
         started = time.perf_counter()
         named = {"session": hello.session[:8], "who": pair["client"].who}
         self._journal.write("session", batch=hello.batch, **named)
-        with pair["server"] as server, pair["client"] as client:
+        with (
+            settings.timeouts.heartbeat() as heartbeat,
+            pair["server"] as server,
+            pair["client"] as client,
+        ):
             try:
                 for channel in (server, client):
                     meter.take_over(channel.meter, channel.peer)
@@ -163,6 +168,7 @@ class Dealer:
                     channel.timeout = settings.timeouts.idle
                     channel.while_silent = self._end_when_idle
                     handshake.say(channel, hello.answer("dealer", settings.backend_name))
+                    heartbeat.keep(channel)
                 options = Options(
                     hello.batch, settings.threads, settings.device, ahead=settings.ahead,
                     grant=partial(self._grant, named["session"], named["who"]),
@@ -216,7 +222,10 @@ class Dealer:
                     continue
                 del self._waiting[session]
                 missing = "server" if waiting.hello.role == "client" else "client"
-                late = PeerTimeout(f"the {missing} did not come within {step:g} s")
+                late = PeerTimeout(
+                    f"the {missing} did not come within {step:g} s (does it know this dealer by "
+                    "another place in its list?)"
+                )
                 found.append((waiting, BusyError(STOPPING) if stopping else late))
         return found
 

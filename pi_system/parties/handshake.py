@@ -12,15 +12,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import ProtocolError, RefusedError
 from ..net.channel import Channel
 
-VERSION: Final = 3
+VERSION: Final = 4
 MAX_BATCH: Final = 1024
-_LIMIT: Final = 4096
+_LIMIT: Final = 1 << 14
 _SESSION: Final = re.compile(r"[0-9a-f]{32}")
 
 
@@ -33,7 +34,8 @@ class Hello:
         session: 16 random bytes in hexadecimal, drawn by the client.
         backend: its name.
         batch: images per inference.
-        dealer: whether a dealer takes part; without one, material from a store is used.
+        dealers: where the client knows dealers, one of which takes part (see
+            :func:`dealer_here`); without one, material from a store is used.
         version: of the messages between parties.
     """
 
@@ -41,7 +43,7 @@ class Hello:
     session: str
     backend: str
     batch: int
-    dealer: bool = True
+    dealers: tuple[str, ...] = ()
     version: int = VERSION
 
     def answer(self, role: str, backend: str) -> Hello:
@@ -55,8 +57,28 @@ def new_session(dealer: int = 0, dealers: int = 1) -> str:
 
 
 def dealer_of(session: str, dealers: int) -> int:
-    """Which dealer the client has chosen, by its place in the list that client and server have."""
+    """Which dealer the client has chosen, by its place in the client's list."""
     return int(session, 16) % dealers
+
+
+def dealer_here(hello: Hello, here: Sequence[str]) -> int:
+    """Which of the dealers known ``here`` the client has chosen: by name, or else by place.
+
+    Two networks may know a dealer by different names; then both sides list as many, in one order.
+
+    Raises:
+        RefusedError: there is no telling.
+    """
+    place = dealer_of(hello.session, len(hello.dealers))
+    name = hello.dealers[place]
+    if name in here:
+        return here.index(name)
+    if len(here) == len(hello.dealers) and here[place] not in hello.dealers:
+        return place
+    raise RefusedError(
+        f"dealers {','.join(here)} here, {','.join(hello.dealers)} at the client: which of the "
+        f"former is {name}? List the same names, or as many in the same order"
+    )
 
 
 def receive(channel: Channel, *, roles: tuple[str, ...], backend: str) -> Hello:
@@ -93,7 +115,7 @@ def hear(channel: Channel, mine: Hello, *, role: str) -> None:
         ProtocolError: the answer is not a hello.
     """
     theirs = _parse(channel)
-    for name in ("version", "backend", "session", "batch", "dealer"):
+    for name in ("version", "backend", "session", "batch", "dealers"):
         _compare(channel, name, getattr(mine, name), getattr(theirs, name))
     _compare(channel, "role", role, theirs.role)
 
@@ -111,8 +133,11 @@ def _parse(channel: Channel) -> Hello:
         raise RefusedError(
             f"version {VERSION!r} here, {_brief(data.get('version'))} at the {channel.peer}"
         )
+    dealers = data.get("dealers", [])
+    if not isinstance(dealers, list) or not all(isinstance(name, str) for name in dealers):
+        raise ProtocolError(f"the {channel.peer} sent a malformed hello")
     try:
-        hello = Hello(**data)
+        hello = Hello(**{**data, "dealers": tuple(dealers)})
     except TypeError as error:
         raise ProtocolError(f"the {channel.peer} did not say hello") from error
     texts = (hello.role, hello.session, hello.backend)
@@ -122,8 +147,6 @@ def _parse(channel: Channel) -> Hello:
         raise ProtocolError(f"the {channel.peer} sent a malformed session name")
     if type(hello.batch) is not int or not 1 <= hello.batch <= MAX_BATCH:
         raise RefusedError(f"batch of 1 to {MAX_BATCH} here, {_brief(hello.batch)} asked for")
-    if type(hello.dealer) is not bool:
-        raise ProtocolError(f"the {channel.peer} sent a malformed hello")
     if channel.role not in (None, hello.role):
         raise RefusedError(
             f"role {hello.role!r} in the hello, {channel.role!r} in the certificate of the "

@@ -32,7 +32,7 @@ from ..errors import (
     RefusedError,
     UsageError,
 )
-from ..net.channel import Listener
+from ..net.listen import Listener
 from .images import write_images
 from .process import thread_environment
 from .timeouts import Timeouts
@@ -101,7 +101,13 @@ def run_local(run: LocalRun) -> LocalResult:
         common = [
             *("--backend", run.backend, "--threads", str(run.threads)),
             *("--timeout", str(run.timeouts.step), "--network", run.network),
-            *("--prepare-timeout", str(run.timeouts.prepare), "--exit-with-parent", "--insecure"),
+            *(
+                "--prepare-timeout",
+                str(run.timeouts.prepare),
+                "--lost-after",
+                str(run.timeouts.life),
+            ),
+            *("--exit-with-parent", "--insecure"),
         ]
         serving = ["--once", "--device", run.device, "--stats", "-"]
         commands: dict[Role, list[str]] = {

@@ -12,7 +12,8 @@ from typing import Any, Final
 from ..backends.base import KeepingSession, Options, ServerSession
 from ..errors import PiError, ProtocolError, RefusedError
 from ..graph.ir import Graph
-from ..net.channel import Channel, Listener, PeerClosed, connect
+from ..net.channel import Channel, PeerClosed
+from ..net.listen import Listener, connect
 from ..net.meter import Meter
 from . import commands, handshake
 from .address import Address
@@ -81,6 +82,7 @@ class _Session:
         self._host = host
         self._meter = client.meter
         self._channels = [client]
+        self._heartbeat = settings.timeouts.heartbeat()
         self._stack = contextlib.ExitStack()
         self._name = ""
         self._laid = self._used = 0
@@ -90,6 +92,7 @@ class _Session:
         started = time.perf_counter()
         begun = False
         with self._stack:
+            self._stack.enter_context(self._heartbeat)
             self._stack.enter_context(self._client)
             who = ""
             try:
@@ -106,7 +109,7 @@ class _Session:
                 begun = True
                 self._journal.write(
                     "session", session=self._name, who=who, batch=hello.batch, ms=waited,
-                    dealer="yes" if hello.dealer else "no",
+                    dealer="yes" if hello.dealers else "no",
                 )  # fmt: skip
                 self._converse(hello)
             except Exception as error:
@@ -156,8 +159,8 @@ class _Session:
         client.timeout = timeouts.step
         mine = hello.answer("server", settings.backend_name)
         dealer = None
-        if hello.dealer:
-            chosen = handshake.dealer_of(hello.session, len(settings.dealers))
+        if hello.dealers:
+            chosen = handshake.dealer_here(hello, [str(at) for at in settings.dealers])
             dealer = self._stack.enter_context(
                 connect(
                     *settings.dealers[chosen],
@@ -174,11 +177,13 @@ class _Session:
             if self._host is not None:
                 self._stack.enter_context(self._host.running(dealer))
             handshake.greet(dealer, mine, role="dealer")
+            self._heartbeat.keep(dealer)
         elif not settings.keeps:
             raise RefusedError(
                 "a session without a dealer needs a server that keeps material (--store)"
             )
         handshake.say(client, mine)
+        self._heartbeat.keep(client)
         send_public(client, settings.model, settings.sha256)
         options = Options(
             batch=hello.batch,

@@ -24,8 +24,9 @@ from typing import Any, Final
 
 from ..backends.base import Backend
 from ..errors import BusyError, PeerError, PiError
-from ..net.channel import Channel, Listener
+from ..net.channel import Channel
 from ..net.link import Link
+from ..net.listen import Listener
 from ..net.meter import Meter
 from ..net.tls import Identity
 from .admission import STOPPING, Admission, Limits

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def test_csv_and_png_beside_the_page_say_the_same(
     senet = [r for r in rows if r["method"] == "SENet" and r["ReLUs"] == "7000"]
     assert float(senet[0]["test accuracy %"]) == pytest.approx(100 * (0.507 + 0.0015))
     assert senet[0]["seeds"] == "2"
-    latency = _rows(beside / "latency-2.csv")
+    latency = _rows(beside / "latency-1.csv")
     assert {(r["network"], r["ReLUs"]) for r in latency} == {
         (n, r) for n in ("loopback", "wan") for r in ("0", "5000", "50000")
     }
@@ -280,8 +281,8 @@ def test_charts_of_nothing_much(log: bool) -> None:
 def test_ticks_are_plain_numbers(greatest: float) -> None:
     values = [4.4, 4.4 * greatest]
     one = charts.Lines("t", "x", "y", (charts.Line("a", values, values),), log_x=True, log_y=True)
-    bars = charts.Bars("t", "x", ("a", "b"), (("k", tuple(values)),), log=True)
-    for chart in (one, bars):
+    spreads = tuple((value, 0.9 * value, 1.2 * value) for value in values)
+    for chart in (one, charts.Dots("t", "x", ("a", "b"), spreads)):
         text = Elements(charts.svg(chart, "k")).text
         assert "mathdefault" not in text and "$" not in text
         assert sum(part.strip("kM.").replace(".", "").isdigit() for part in text.split()) >= 2
@@ -300,56 +301,114 @@ def _chromium(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+LOOK = """
+const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement;
+const all = selector => [...page.querySelectorAll(selector)].filter(e => e.checkVisibility());
+const boxes = selector => all(selector).map(e => e.getBoundingClientRect());
+const channels = colour => colour.match(/[0-9.]+/g).map(Number);
+const luminance = colour => channels(colour).slice(0, 3)
+  .map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+const contrast = (one, other) => {
+  const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+  return (high + .05) / (low + .05);
+};
+const behind = element => {
+  for (let e = element; e; e = e.parentElement) {
+    const found = view.getComputedStyle(e).backgroundColor;
+    if ((channels(found)[3] ?? 1) === 1) return found;
+  }
+  return 'rgb(255, 255, 255)';
+};
+const texts = all('body *').filter(e => [...e.childNodes].some(
+  n => n.nodeType === 3 && n.data.trim()));
+const pale = texts.map(e => {
+  const style = view.getComputedStyle(e), drawn = e instanceof view.SVGElement;
+  return [contrast(drawn ? style.fill : style.color, behind(e)), e.textContent];
+}).sort((a, b) => a[0] - b[0])[0];
+const series = [1, 2, 3, 4, 5, 6, 7, 8].map(i => {
+  const mark = page.body.appendChild(page.createElement('i'));
+  mark.style.color = `var(--series-${i})`;
+  const found = contrast(view.getComputedStyle(mark).color, behind(mark));
+  mark.remove();
+  return found;
+});
+const cut = all('body *').filter(e => !e.closest('.scroll') || e.matches('.scroll'))
+  .filter(e => e.getBoundingClientRect().right > root.clientWidth + 1)
+  .map(e => e.outerHTML.slice(0, 80));
+const overlaps = [], sizes = [];
+for (const figure of all('figure')) {
+  const words = [...figure.querySelectorAll('text')];
+  sizes.push(...words.map(
+    e => parseFloat(view.getComputedStyle(e).fontSize) * e.getScreenCTM().d));
+  const at = words.map(e => e.getBoundingClientRect());
+  const edge = figure.querySelector('svg').getBoundingClientRect();
+  at.forEach((a, i) => {
+    if (a.right > edge.right + 2 || a.left < edge.left - 2) overlaps.push(words[i].textContent);
+    at.slice(0, i).forEach((b, j) => {
+      const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+      const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+      if (wide > 1 && high > 3) overlaps.push(words[i].textContent + ' on ' + words[j].textContent);
+    });
+  });
+}
+const alone = all('figure').filter(
+  e => !all('table').some(t => t.closest('.part') === e.closest('.part') && t.rows.length > 1));
+const hidden = all('.scroll').filter(e => e.scrollWidth > e.clientWidth + 1);
+const unmarked = hidden.filter(e => {
+  e.scrollLeft = 60;
+  const first = e.querySelector('td').getBoundingClientRect().left;
+  return view.getComputedStyle(e).backgroundImage === 'none' || e.tabIndex !== 0
+    || Math.abs(first - e.getBoundingClientRect().left) > 1;
+});
+return {
+  width: root.clientWidth, scroll: root.scrollWidth, cut, overlaps, pale, series,
+  smallest: Math.min(...sizes), alone: alone.length,
+  hidden: hidden.length, unmarked: unmarked.length, page: behind(page.body),
+  charts: boxes('figure svg').map(b => [b.width, b.height]),
+  tables: boxes('table').map(b => [b.width, b.height]),
+  fetched: view.performance.getEntriesByType('resource').length,
+};
+"""
+"""What a reader would see of the page in ``frame``; the page itself runs no script."""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium; Debian: apt-get install chromium")
 def test_in_a_browser(files: list[Path], tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
+    """In light and dark, at the widths of a phone and of a desktop."""
+    names = ("compare-resnet18.json", "sweep-networks.json", "senet")
     html = tmp_path / "report.html"
-    html.write_text(page.render(sources.read(files), "Report"))
-    # A page around it measures what a phone and a desktop lay out: scripts run here, not there.
+    material = sources.read([*(RESULTS / name for name in names), *files])
+    html.write_text(page.render(material, "Report"))
     (tmp_path / "frames.html").write_text(
-        """<!DOCTYPE html><title></title><body>
+        f"""<!DOCTYPE html><title></title><body>
         <iframe src="report.html" style="width:390px;height:800px;border:0"></iframe>
         <iframe src="report.html" style="width:1280px;height:800px;border:0"></iframe>
-        <pre></pre><script>onload = () => {
-          const seen = [...document.querySelectorAll('iframe')].map(frame => {
-            const page = frame.contentDocument, boxes = selector =>
-              [...page.querySelectorAll(selector)].filter(e => e.checkVisibility())
-                .map(e => e.getBoundingClientRect());
-            return {
-              width: page.documentElement.clientWidth,
-              scroll: page.documentElement.scrollWidth,
-              charts: boxes('figure svg').map(b => [b.width, b.height]),
-              tables: boxes('table').map(b => [b.width, b.height]),
-              text: page.querySelector('figure svg text').textContent,
-              fetched: frame.contentWindow.performance.getEntriesByType('resource').length,
-            };
-          });
+        <pre></pre><script>onload = () => {{
+          const seen = [...document.querySelectorAll('iframe')].map(frame => {{ {LOOK} }});
           document.querySelector('pre').textContent = JSON.stringify(seen);
-        }</script>"""
+        }}</script>"""
     )
-    dom = _chromium(
-        tmp_path, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/frames.html"
-    )
-    phone, desktop = json.loads(dom.partition("<pre>")[2].partition("</pre>")[0])
-    for seen, width in ((phone, 390), (desktop, 1280)):
-        assert seen["width"] <= width and seen["scroll"] <= seen["width"]
-        assert len(seen["charts"]) >= 6 and len(seen["tables"]) >= 9
-        assert all(w > 250 and h > 100 for w, h in seen["charts"])
-        assert all(w > 100 and h > 20 for w, h in seen["tables"])
-        assert seen["fetched"] == 0 and seen["text"]
     for scheme, setting in (("light", 1), ("dark", 0)):
-        picture = tmp_path / f"{scheme}.png"
-        _chromium(
+        dom = _chromium(
             tmp_path, f"--blink-settings=preferredColorScheme={setting}",
-            "--window-size=1280,2000", f"--screenshot={picture}", f"file://{html}",
+            "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/frames.html",
         )  # fmt: skip
-        pixels = imread(picture)[..., :3]
-        background = pixels[2, 2].mean()
-        assert background > 0.9 if scheme == "light" else background < 0.2
-        # Words and lines stand out from it, and charts have colours.
-        assert abs(pixels - background).max() > 0.7
-        assert ((pixels.max(axis=2) - pixels.min(axis=2)) > 0.4).sum() > 500
+        shown = unescape(dom.partition("<pre>")[2].partition("</pre>")[0])
+        phone, desktop = json.loads(shown)
+        for seen, width in ((phone, 390), (desktop, 1280)):
+            assert seen["width"] <= width and seen["scroll"] <= seen["width"]
+            assert seen["cut"] == [] and seen["overlaps"] == []
+            assert (seen["page"] == "rgb(255, 255, 255)") is (scheme == "light")
+            # WCAG: 4.5 for text, 3 for the lines of a chart.
+            assert seen["pale"][0] >= 4.5, seen["pale"]
+            assert min(seen["series"]) >= 3, seen["series"]
+            assert len(seen["charts"]) >= 6 and len(seen["tables"]) >= 9
+            assert all(w > 250 and h > 80 for w, h in seen["charts"])
+            assert all(w > 100 and h > 20 for w, h in seen["tables"])
+            assert seen["smallest"] > 10 and seen["fetched"] == 0
+            assert seen["alone"] == 0 and seen["unmarked"] == 0
+        assert phone["hidden"] > 3
 
 
 def test_a_peer_of_whole_inferences_has_its_row() -> None:

@@ -38,7 +38,9 @@ def scenario(path: Path, model: Path, *, backend: str = "Plain", batch: str = "1
     )
 
 
-def test_a_grid_is_every_combination_once_model_by_model(tmp_path: Path) -> None:
+def test_a_grid_is_every_combination_once_model_by_model_and_grids_keep_their_order(
+    tmp_path: Path,
+) -> None:
     path = write(
         tmp_path / "x.toml",
         """
@@ -55,11 +57,11 @@ def test_a_grid_is_every_combination_once_model_by_model(tmp_path: Path) -> None
     assert [(case.model, case.backend, case.batch) for case in cases] == [
         ("random:resnet18@0", "fss", 1),
         ("random:resnet18@0", "fss", 4),
-        ("random:resnet18@0", "crypten", 1),
         ("random:resnet18@all", "fss", 1),
         ("random:resnet18@all", "fss", 4),
         ("demo", "fss", 1),
         ("demo", "fss", 4),
+        ("random:resnet18@0", "crypten", 1),
     ]
     assert cases[0] == Case("random:resnet18@0", "fss", "loopback", 1, 1, 20, 2)
 
@@ -119,6 +121,16 @@ def test_a_wrong_scenario_is_refused_in_words(tmp_path: Path, text: str, words: 
 @pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_scenarios_of_the_repository_are_right(path: Path) -> None:
     assert read_scenario(path)
+
+
+def test_networks_have_every_cell_the_slowest_last() -> None:
+    """Both backends and budgets over each network; what takes longest does not hold up the rest."""
+    cases = read_scenario(SCENARIOS / "networks.toml")
+    cells = [(case.model, case.backend, case.network) for case in cases]
+    assert len(set(cells)) == len(cells) == 16
+    slow = [case.network == "80:20" and case.backend == "crypten" for case in cases]
+    assert slow == [False] * 14 + [True] * 2
+    assert all(case.repeat <= 3 and case.warmup == 0 for case in cases[-2:])
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])

@@ -104,6 +104,29 @@ def test_tables_over_networks_and_of_what_was_published(
     assert row[:6] == ["fss", "1,000", "loopback", "1", "4", "7.5 (7.5)"]
 
 
+def test_cells_that_were_not_measured_are_marked(tables: dict[str, Any], tmp_path: Path) -> None:
+    sheet = Sheet(tmp_path / "sweep.json")
+    for relus, backend, network in (
+        (500, "crypten", "80:20"),
+        (500, "fss", "loopback"),
+        (9000, "fss", "lan"),
+    ):
+        row = growing(relus, 3000, 7.5) | {"backend": backend}
+        sheet.append(row | {"network": row["network"] | {"name": network}})
+    text = tables["main"](["networks", str(sheet.path)])
+    rows = [cells(line)[:6] for line in text.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        [backend, relus, network]
+        for backend in ("fss", "CrypTen")
+        for relus in ("500", "9,000")
+        for network in ("loopback", "lan", "80:20")
+    ]
+    measured = {tuple(row[:3]) for row in rows if row[5] != "not measured"}
+    assert measured == {
+        ("fss", "500", "loopback"), ("fss", "9,000", "lan"), ("CrypTen", "500", "80:20"),
+    }  # fmt: skip
+
+
 def test_predictions_stand_beside_measurements(tables: dict[str, Any]) -> None:
     text = tables["main"](["predict", str(BENCHMARKS / "results" / "predict.json")])
     rows = [cells(line) for line in text.splitlines() if line.startswith("|")]

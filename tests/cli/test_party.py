@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pi_system.net.channel import Listener, connect
+from pi_system.net.listen import Listener, connect
 
 Start = Callable[..., subprocess.Popen[str]]
 PARTY = [sys.executable, "-m", "pi_system.cli.party"]
@@ -90,6 +90,32 @@ def test_one_client_after_another_and_a_bad_one_between(
             assert [e["event"] for e in ends] == ["ended", "failed", "refused", "ended"]
             assert [e["inferences"] for e in ends] == [3, 0, 0, 3]
             assert all(e["error"].startswith("the client ") for e in ends[1:3])
+
+
+def test_dealers_are_found_in_any_order_and_lists_that_leave_it_open_are_refused(
+    start: Start, toy_model: Path, images: str
+) -> None:
+    dealers = [address(start("dealer", "--listen", "127.0.0.1:0", *TOY)) for _ in range(2)]
+    one, other = dealers
+    server = start(
+        *("server", "--model", str(toy_model), "--listen", "127.0.0.1:0", *TOY),
+        *("--dealer", f"{one},{other}"),
+    )
+    at = address(server)
+
+    def client(dealers: str) -> subprocess.Popen[str]:
+        known = ("--server", at, "--dealer", dealers)
+        return start("client", *known, "--images", images, "--format", "csv", *TOY)
+
+    unknown = f"localhost:{one.split(':')[1]}"
+    good = [client(f"{other},{one}"), client(other), client(f"{unknown},{other}")]
+    bad = client(unknown)
+    for process in good:
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+    _, err = bad.communicate(timeout=60)
+    assert bad.returncode == 6 and f"dealers {one},{other} here, {unknown} at the client" in err
+    assert err.count("\n") == 1
 
 
 def npy(tmp_path: Path, array: npt.NDArray[Any]) -> str:

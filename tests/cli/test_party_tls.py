@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from pi_system.cli.party import cli
 from pi_system.errors import RefusedError
 from pi_system.net import certificates
-from pi_system.net.channel import Listener, connect
+from pi_system.net.listen import Listener, connect
 from pi_system.net.tls import Identity
 from pi_system.parties import handshake
 from pi_system.parties.handshake import Hello

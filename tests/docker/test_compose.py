@@ -30,7 +30,7 @@ from pi_system.graph import serialize
 from pi_system.graph.execute import run
 from pi_system.models import demo_images, normalise, resolve
 from pi_system.net import certificates
-from pi_system.net.channel import Listener
+from pi_system.net.listen import Listener
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
 

@@ -17,8 +17,8 @@ import pytest
 
 from pi_system.errors import PeerError, PeerTimeout, PiError, RefusedError, UsageError
 from pi_system.net import certificates
-from pi_system.net.channel import Listener, connect
 from pi_system.net.link import Link
+from pi_system.net.listen import Listener, connect
 from pi_system.net.tls import Identity, require_loopback
 
 HOST = "127.0.0.1"

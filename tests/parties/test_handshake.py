@@ -56,7 +56,7 @@ def test_two_that_agree_shake_hands(pair: tuple[Channel, Channel]) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 2}, "version 3 here, 2 at the client"),
+        ({"version": 3}, "version 4 here, 3 at the client"),
         ({"backend": "crypten"}, "backend 'fss' here, 'crypten' at the client"),
         ({"role": "dealer"}, "a client may connect here, not a dealer"),
         ({"batch": 5000}, "batch of 1 to 1024 here, 5000 asked for"),
@@ -76,7 +76,7 @@ def test_what_the_server_refuses_the_client_hears(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 4}, "version 3 here, 4 at the server"),
+        ({"version": 5}, "version 4 here, 5 at the server"),
         ({"backend": "crypten"}, "backend 'fss' here, 'crypten' at the server"),
         ({"session": "f" * 32}, f"session '{SESSION}' here, '{'f' * 32}' at the server"),
         ({"batch": 2}, "batch 1 here, 2 at the server"),
@@ -92,6 +92,32 @@ def test_what_the_client_refuses_in_an_answer(
         handshake.hear(client, Hello("client", SESSION, "fss", 1), role="server")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("here", "there", "found"),
+    [
+        ("A:1,B:1", "A:1,B:1", (0, 1)),
+        ("A:1,B:1", "B:1,A:1", (1, 0)),  # the order is of no account
+        ("A:1,B:1,C:1", "C:1,B:1", (2, 1)),
+        ("a:1,b:1", "A:1,B:1", (0, 1)),  # each side has names of its own
+        ("A:1,b:1", "A:1,B:1", (0, 1)),
+        ("b:1,A:1", "A:1,B:1", (1, None)),
+        ("A:1,C:1", "B:1,A:1", (None, 0)),
+        ("a:1", "A:1,B:1", (None, None)),
+    ],
+)
+def test_the_server_finds_the_clients_dealer_or_says_both_lists(
+    here: str, there: str, found: tuple[int | None, int | None], place: int
+) -> None:
+    names = tuple(there.split(","))
+    hello = Hello("client", handshake.new_session(place, len(names)), "fss", 1, names)
+    if (expected := found[place]) is not None:
+        assert handshake.dealer_here(hello, here.split(",")) == expected
+    else:
+        with pytest.raises(RefusedError, match=f"dealers {here} here, {there} at the client"):
+            handshake.dealer_here(hello, here.split(","))
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -103,6 +129,8 @@ def test_what_the_client_refuses_in_an_answer(
         {**GOOD, "session": "x"},
         {**GOOD, "session": SESSION + "\n"},
         {**GOOD, "role": 3},
+        {**GOOD, "dealers": True},
+        {**GOOD, "dealers": [1]},
         {**GOOD, "backend": "x" * 201},
     ],
 )

@@ -22,7 +22,7 @@ from numpy.testing import assert_allclose
 
 from pi_system.errors import BusyError, PeerError, RefusedError
 from pi_system.net import certificates
-from pi_system.net.channel import connect
+from pi_system.net.listen import connect
 from pi_system.net.tls import Identity
 from pi_system.parties import commands, handshake
 from pi_system.parties.admission import Admission, Limits

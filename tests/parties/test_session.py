@@ -16,7 +16,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pi_system.errors import PeerError, ProtocolError, RefusedError, UsageError
-from pi_system.net.channel import Listener, connect
+from pi_system.net.listen import Listener, connect
 from pi_system.net.meter import Meter
 from pi_system.parties import commands, handshake
 from pi_system.parties.address import Address
@@ -205,7 +205,7 @@ def test_commands_out_of_turn_are_refused(
         connect(*made.dealer_at, timeout=5, peer="dealer") as dealer,
         connect(*made.server_at, timeout=5, peer="server") as server,
     ):
-        mine = handshake.Hello("client", "0" * 32, "toy", 1)
+        mine = handshake.Hello("client", "0" * 32, "toy", 1, ("dealer:1",))
         handshake.say(dealer, mine)
         handshake.greet(server, mine, role="server")
         handshake.hear(dealer, mine, role="dealer")

@@ -23,7 +23,8 @@ from ...backends.fss.party import FssBackend
 from ...backends.fss.transcript import Role
 from ...errors import PeerError, PeerTimeout
 from ...graph.ir import Graph
-from ...net.channel import Channel, Listener
+from ...net.channel import Channel
+from ...net.listen import Listener
 from ...net.meter import Phase
 from ...net.tap import Frame, Tape
 from ...parties.address import Address

@@ -12,30 +12,36 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from math import log10
 from typing import Any, Final
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 COLOURS: Final = (
-    "#0b6fb8", "#d1560b", "#0c8f6b", "#b5479a", "#b98200", "#5b5fc7", "#8a5a44", "#a7b0b9",
+    "#0b6fb8", "#d1560b", "#0c8f6b", "#b5479a", "#a87600", "#5b5fc7", "#8a5a44", "#8a949e",
 )  # fmt: skip
-"""Of series, on white. ``page.html`` has them again, and others for the dark."""
+"""Of series, on white; the last for what is muted. ``page.html`` has others for the dark."""
 
 _INK: Final = "#1b1f24"
 _GRID: Final = "#d5d9de"
 _STAND_IN: Final = tuple(f"#fe00{number:02x}" for number in range(1, len(COLOURS) + 1))
 _INK_STAND_IN: Final = "#fe00f0"
 _GRID_STAND_IN: Final = "#fe00f1"
-_MARKERS: Final = "osD^vPX*"
-_WIDTH: Final = 4.7
-_LABEL: Final = 30
+_MARKERS: Final = "osD^vPX*ph"
+"""A number of them that shares no divisor with that of the colours: no pair comes twice soon."""
+_WIDTH: Final = 3.9
+"""Inches; a phone shows them in about 360 pixels, so that text of 9 points is 11 pixels high."""
+_LABEL: Final = 46
+_TICK: Final = 24
 _TICKS: Final = 7
 _LOG: Final = 5
 """Less than this between the least and the greatest value is drawn on a linear scale."""
+_DECADES: Final = 300
+"""More than this between them, and only powers of ten are marked."""
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 9,
     "svg.fonttype": "none",
@@ -46,7 +52,7 @@ _STYLE: Final[dict[Any, Any]] = {
     "axes.axisbelow": True,
     "axes.titlesize": 9,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
 }
 
 
@@ -90,11 +96,24 @@ class Bars:
     x_label: str
     labels: tuple[str, ...]
     stacks: tuple[tuple[str, tuple[float, ...]], ...]
-    log: bool = False
     muted: str = ""
 
 
-Chart = Lines | Bars
+@dataclass(frozen=True)
+class Dots:
+    """Ratios, the first on top, on a scale without a zero.
+
+    Attributes:
+        values: the middle, the least and the greatest of each label.
+    """
+
+    title: str
+    x_label: str
+    labels: tuple[str, ...]
+    values: tuple[tuple[float, float, float], ...]
+
+
+Chart = Lines | Bars | Dots
 
 
 def svg(chart: Chart, key: str) -> str:
@@ -145,6 +164,8 @@ def _draw(chart: Chart, ink: str, grid: str, colours: Sequence[str]) -> Figure:
     with matplotlib.rc_context(style):
         if isinstance(chart, Lines):
             return _lines(chart, ink, colours)
+        if isinstance(chart, Dots):
+            return _dots(chart, colours)
         return _bars(chart, colours)
 
 
@@ -157,32 +178,33 @@ def _lines(chart: Lines, ink: str, colours: Sequence[str]) -> Figure:
         axes.plot(
             [line.x[i] for i in order],
             [line.y[i] for i in order],
-            color=colours[number % len(colours)],
+            color=colours[number % (len(colours) - 1)],
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=4.5,
             linewidth=1.6,
-            linestyle=("-" if number < len(colours) else "--") if line.joined else "",
+            linestyle=("-" if number < len(colours) - 1 else "--") if line.joined else "",
             label=short(line.label),
         )
     for name, level in chart.levels:
         axes.axhline(level, color=ink, linewidth=1, linestyle=":")
         axes.annotate(
             short(name), (0, level), (2, 3), xycoords=("axes fraction", "data"),
-            textcoords="offset points", fontsize=8,
+            textcoords="offset points",
         )  # fmt: skip
     values = [y for line in chart.lines for y in line.y]
     log_y = chart.log_y and min(values) > 0 and max(values) >= _LOG * min(values)
     if log_y:
         axes.set_yscale("log")
-        _log_ticks(axes.yaxis)
+        _log_ticks(axes.yaxis, max(values) / min(values))
     else:
         axes.margins(y=0.1)
     if chart.log_x:
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis)
         ticks = sorted({x for line in chart.lines for x in line.x})
-        if len(ticks) <= _TICKS:
-            axes.set_xticks(ticks)
+        _log_ticks(axes.xaxis, ticks[-1] / ticks[0])
+        apart = _apart(ticks)
+        if len(apart) <= _TICKS:
+            axes.set_xticks(apart)
             axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
     axes.yaxis.set_major_formatter(FuncFormatter(_count))
@@ -196,26 +218,21 @@ def _lines(chart: Lines, ink: str, colours: Sequence[str]) -> Figure:
 
 def _bars(chart: Bars, colours: Sequence[str]) -> Figure:
     rows = max(1, len(chart.labels))
-    height = 0.75 + 0.19 * rows + 0.2 * (-(-len(chart.stacks) // 2))
+    height = 0.75 + 0.18 * rows + 0.2 * (-(-len(chart.stacks) // 2))
     figure = Figure(figsize=(_WIDTH, max(1.6, height)), layout="constrained")
     axes = figure.add_subplot()
     places = list(range(rows))
     left = [0.0] * rows
     for number, (kind, values) in enumerate(chart.stacks):
         axes.barh(
-            places, values, 0.72, left=None if chart.log else left,
+            places, values, 0.72, left=left,
             color=colours[-1 if kind == chart.muted else number % (len(colours) - 1)],
             label=short(kind),
         )  # fmt: skip
         left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.set_yticks(places, [short(label) for label in chart.labels], fontsize=8)
-    axes.set_ylim(rows - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    if chart.log:
-        axes.set_xscale("log")
-        _log_ticks(axes.xaxis)
-    else:
-        axes.set_xlim(left=0)
+    _rows(axes, chart.labels)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
     axes.grid(True, axis="x", linewidth=0.7)
     axes.set_xlabel(short(chart.x_label))
@@ -224,9 +241,53 @@ def _bars(chart: Bars, colours: Sequence[str]) -> Figure:
     return figure
 
 
-def _log_ticks(axis: Axis) -> None:
-    """Marked at 1, 2 and 5 of each decade."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _dots(chart: Dots, colours: Sequence[str]) -> Figure:
+    rows = len(chart.labels)
+    figure = Figure(figsize=(_WIDTH, 0.75 + 0.24 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (middle, low, high) in enumerate(chart.values):
+        axes.plot([low, high], [place, place], color=colours[0], linewidth=1.6)
+        axes.plot([middle], [place], color=colours[0], marker="o", markersize=5)
+        axes.annotate(
+            significant(middle), (high, place), (6, 0), textcoords="offset points", va="center"
+        )
+    least = min(low for _, low, _ in chart.values)
+    greatest = max(high for *_, high in chart.values)
+    if least > 0:
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, greatest / least)
+        # Room for the figure behind the last dot.
+        axes.set_xlim(least / 1.3, greatest * max(1.5, (greatest / least) ** 0.25))
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    _rows(axes, chart.labels)
+    axes.grid(True, axis="x", linewidth=0.7)
+    axes.set_xlabel(short(chart.x_label))
+    return figure
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), [short(label, _TICK) for label in labels])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Those whose labels do not touch on a logarithmic axis of all."""
+    least = 10 ** (0.1 * log10(ticks[-1] / ticks[0]))
+    found = [ticks[0]]
+    for tick in ticks[1:]:
+        if tick >= least * found[-1]:
+            found.append(tick)
+    return found
+
+
+def _log_ticks(axis: Axis, span: float) -> None:
+    """Marked at 1, 2 and 5 of each decade, or at 1 alone where there are many decades.
+
+    Args:
+        span: the greatest value over the least.
+    """
+    axis.set_major_locator(LogLocator(subs=(1,) if span > _DECADES else (1, 2, 5)))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -234,19 +295,25 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     longest = max(len(label) for label in labels)
     figure.legend(
-        handles, labels, loc="outside lower left", ncols=1 if longest > 26 else 2,
+        handles, labels, loc="outside lower left", ncols=1 if longest > 20 else 2,
         handlelength=1.6, columnspacing=1.2,
     )  # fmt: skip
 
 
-def short(label: str) -> str:
+def short(label: str, most: int = _LABEL) -> str:
     """A label that fits; the table beside a chart has the whole of it."""
-    return label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def significant(value: float) -> str:
+    """Three digits, without an exponent: 0.94, 22.3, 10,900."""
+    text = f"{value:.3g}"
+    return f"{float(text):,.0f}" if "e+" in text else text
 
 
 def _count(value: float, place: object = None) -> str:
-    """10000 as 10k, 2500000 as 2.5M."""
+    """10000 as 10k, 20480 as 20.5k, 2500000 as 2.5M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

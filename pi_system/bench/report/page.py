@@ -17,7 +17,10 @@ from ...files import write_atomic
 from . import charts, sections, sources
 from .sections import Cell, Column, Part, Table
 
-_SHORT: Final = 28
+_SHORT: Final = 40
+_WORD: Final = 64
+_MANY: Final = 8
+"""A table of more columns is put below its chart."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ def render(material: sources.Material, title: str) -> str:
         title=sources.clean(title),
         sections=found,
         summary=_summary(material),
+        warned=sum(bool(run.warnings) for run in material.runs),
+        measured=len(material.runs),
+        many=_MANY,
         series=charts.COLOURS,
     )
 
@@ -104,10 +110,14 @@ def _classes(table: Table) -> list[str]:
         "number"
         if column.digits is not None
         else "short"
-        if all(len(str(row[place])) <= _SHORT for row in table.rows)
+        if all(_fits(str(row[place])) for row in table.rows)
         else "text"
         for place, column in enumerate(table.columns)
     ]
+
+
+def _fits(text: str) -> bool:
+    return len(text) <= _SHORT or (" " not in text and len(text) <= _WORD)
 
 
 def _drawing(part: Part) -> Markup:
@@ -132,7 +142,7 @@ def _summary(material: sources.Material) -> list[tuple[str, str]]:
             more = f" and {len(once) - 6} more" if len(once) > 6 else ""
             facts.append((name, ", ".join(once[:6]) + more))
     if material.students:
-        facts.append(("Trained students", f"{len(material.students)}"))
+        facts.append(("Students", f"{len(material.students)}"))
     return facts
 
 

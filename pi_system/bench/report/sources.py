@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ...errors import PiError, UsageError
+from ...net.link import PRESETS, parse
 from ..schema import SCHEMA_VERSION
 from ..sheet import Sheet, tidy
 
@@ -357,7 +358,7 @@ def _run(
         file=name,
         model=record.text("model.name"),
         backend=record.text("backend"),
-        network=record.text("network.name"),
+        network=_network(record.text("network.name")),
         threads=record.count("threads_per_party"),
         batch=record.count("batch_size"),
         relus=record.count("model.relu_kept"),
@@ -388,6 +389,16 @@ def _run(
         layers=tuple(_layer(layer, where) for layer in layers),
         warnings=tuple(clean(warning) for warning in warnings),
     )
+
+
+def _network(name: str) -> str:
+    """One name for one network: ``lan`` for ``0.3:1000``."""
+    try:
+        link = parse(name)
+    except UsageError:
+        return name
+    same = (preset for preset, known in PRESETS.items() if link == replace(known, name=name))
+    return next(same, name)
 
 
 def _layer(layer: Any, where: str) -> Layer:
@@ -447,7 +458,7 @@ def _compare(document: dict[str, Any], name: str, where: str, material: Material
         Comparison(
             file=name,
             model=record.text("model.name"),
-            network=record.text("network.name"),
+            network=_network(record.text("network.name")),
             relus=record.count("model.relu_kept"),
             plaintext=record.number("plaintext.latency_ms.median"),
             plaintext_min=record.number("plaintext.latency_ms.min"),

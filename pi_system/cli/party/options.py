@@ -18,7 +18,7 @@ from ...backends import DEFAULT
 
 if TYPE_CHECKING:
     from ...backends.base import Backend
-    from ...net.channel import Listener
+    from ...net.listen import Listener
     from ...net.tls import Identity
     from ...parties.address import Address
     from ...parties.journal import Format, Journal
@@ -70,11 +70,18 @@ def party(function: F) -> F:
             help="The same for setup and offline, where a peer may compute for long.",
         ),
         click.option(
+            "--lost-after",
+            type=click.FloatRange(min=3.0),
+            default=8.0,
+            show_default=True,
+            help="Seconds without a sign of life of a session's peer, which gives one every 2 s.",
+        ),
+        click.option(
             "--timeout",
             type=click.FloatRange(min=0.1),
             default=8.0,
             show_default=True,
-            help="Seconds a peer may be silent in the handshake and the online phase.",
+            help="Seconds to wait for a peer's message in the handshake and the online phase.",
         ),
         click.option(
             "--network",
@@ -191,7 +198,7 @@ def serving(function: F) -> F:
             type=click.FloatRange(min=0.1),
             default=600.0,
             show_default=True,
-            help="Seconds a client may be silent between its requests.",
+            help="Seconds to wait for a client's next request, while it gives signs of life.",
         ),
         click.option(
             "--metrics",
@@ -255,6 +262,7 @@ class Serving:
     threads: int
     timeout: float
     prepare_timeout: float
+    lost_after: float
     network: str
     exit_with_parent: bool
     certs: Path | None
@@ -270,7 +278,9 @@ class Serving:
             "backend_name": self.backend,
             "device": self.device,
             "threads": self.threads,
-            "timeouts": timeouts(self.timeout, self.prepare_timeout, self.idle_timeout),
+            "timeouts": timeouts(
+                self.timeout, self.prepare_timeout, self.lost_after, self.idle_timeout
+            ),
             "link": parse(self.network),
             "log_frames": self.stats is not None,
             "limits": Limits(
@@ -297,16 +307,16 @@ def watch_parent() -> None:
     exit_with_parent()
 
 
-def timeouts(step: float, prepare: float, idle: float = 600.0) -> Timeouts:
+def timeouts(step: float, prepare: float, life: float, idle: float = 600.0) -> Timeouts:
     """The patience asked for."""
     from ...parties.timeouts import Timeouts
 
-    return Timeouts(step=step, prepare=prepare, idle=idle)
+    return Timeouts(step=step, prepare=prepare, idle=idle, life=life)
 
 
 def listener(text: str) -> Listener:
     """Listen on HOST:PORT, or on a launcher's socket (``fd:N``)."""
-    from ...net.channel import Listener
+    from ...net.listen import Listener
     from ...parties.address import parse_address
 
     if text.startswith("fd:") and text[3:].isdigit():

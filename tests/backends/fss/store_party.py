@@ -13,7 +13,7 @@ from pi_system.backends.base import Database
 from pi_system.backends.fss.party import FssBackend
 from pi_system.errors import PiError
 from pi_system.graph import serialize
-from pi_system.net.channel import Listener
+from pi_system.net.listen import Listener
 from pi_system.parties.address import Address
 from pi_system.parties.client import Client, ClientSettings
 from pi_system.parties.dealer import Dealer
