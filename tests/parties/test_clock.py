@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pytest
 
 from pi_system.backends import base
-from pi_system.errors import RefusedError
+from pi_system.errors import PeerError, RefusedError
 from pi_system.net import certificates
 from pi_system.net.tls import Identity
 from pi_system.parties.classify import classify, prepare
@@ -149,7 +149,7 @@ def test_a_clock_that_is_set_during_a_session_neither_ends_nor_prolongs_it(
     silent.setup()
     started = time.monotonic()
     clock.set(-YEAR)  # a limit of this clock would now be a year away
-    with pytest.raises(Exception, match="gave up|lost|silent|did not|closed"):
+    with pytest.raises(PeerError):
         silent._server.recv()
     assert 0.5 < time.monotonic() - started < 8
     silent.close()
@@ -175,8 +175,8 @@ def test_a_clock_that_is_off_refuses_certificates_and_is_named_until_it_is_set_r
         code, events = party.stop()
         assert code == 0
         texts += [e["error"] for e in events if e["event"] == "refused"]
-    wanted = f"the client's certificate: certificate {reason} (or the clock of this machine is"
-    assert texts and all(text.startswith(wanted) for text in texts)
+    wanted = f"'s certificate: certificate {reason} (or the clock of this machine is wrong)"
+    assert texts and all(text.endswith(wanted) for text in texts)
 
 
 WALL = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(|\bdate\.today\(")
