@@ -81,8 +81,11 @@ def resolve(name: str) -> Graph:
     return serialize.load(path)
 
 
-def from_checkpoint(directory: Path, name: str | None = None) -> Graph:
+def from_checkpoint(directory: Path, name: str | None = None, *, plans: bool = True) -> Graph:
     """Read a checkpoint and export it.
+
+    Args:
+        plans: with the fixed-point plans beside it; without, they may be of other weights.
 
     Raises:
         UsageError: there is none.
@@ -95,7 +98,8 @@ def from_checkpoint(directory: Path, name: str | None = None) -> Graph:
     facts = dataclasses.asdict(manifest)
     for key in ("version", "relu_kept"):
         del facts[key]
-    facts |= _plans(directory)
+    if plans:
+        facts |= _plans(directory)
     facts["name"] = name or f"{manifest.arch}-{manifest.dataset}-{manifest.relu_kept}"
     return export(model, manifest.input_shape, metadata=_json(facts))
 
@@ -120,7 +124,10 @@ def _plans(directory: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         raise IntegrityError(f"{path} is corrupt: {error}") from error
     if weights != weights_hash(directory):
-        raise IntegrityError(f"{path} was made for other weights; make it again with pi-export")
+        raise IntegrityError(
+            f"{path} was made for other weights; make it again: "
+            f"pi-export {directory} --calibrate IMAGES --plans-only"
+        )
     return metadata
 
 

@@ -100,7 +100,7 @@ def command(
       pi-export --from mynet.py:build --input 3x32x32 --relus 20000 -o mynet
     """
     common.check_output(output)
-    graph = _graph(checkpoint, factory, shape, relus)
+    graph = _graph(checkpoint, factory, shape, relus, plans=samples is None)
     if relus is not None:
         _note(f"note: the {relus} kept ReLUs are at random positions and nothing was trained")
     result = None if parity_images is None else _parity(graph, parity_images, fractional_bits)
@@ -130,7 +130,12 @@ def _note(text: str) -> None:
 
 
 def _graph(
-    checkpoint: str | None, factory: str | None, shape: tuple[int, ...] | None, relus: int | None
+    checkpoint: str | None,
+    factory: str | None,
+    shape: tuple[int, ...] | None,
+    relus: int | None,
+    *,
+    plans: bool,
 ) -> Graph:
     from .. import models
 
@@ -144,7 +149,7 @@ def _graph(
         raise UsageError("--input and --relus go with --from; a checkpoint has its own")
     assert checkpoint is not None
     if (Path(checkpoint) / "manifest.json").is_file():
-        return models.from_checkpoint(Path(checkpoint))
+        return models.from_checkpoint(Path(checkpoint), plans=plans)
     return models.resolve(checkpoint)
 
 
