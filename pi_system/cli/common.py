@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from .. import files
 from ..errors import PiError, UsageError
 
 if TYPE_CHECKING:
@@ -71,11 +72,19 @@ def _report(error: BaseException) -> int:
             return 130
         case BrokenPipeError():
             # The reader of stdout has gone; keep the interpreter from complaining at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
+            return 1
+        case OSError() if error.errno in files.FULL:
+            _drop_stdout()
+            _line(f"error: cannot write {error.filename or 'the output'}: {files.reason(error)}")
             return 1
         case _:
             _line(f"error: unexpected {type(error).__name__}: {error} (--traceback shows where)")
             return 1
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(text: str) -> None:
@@ -153,14 +162,23 @@ def write(text: str, output: Path | None) -> None:
 
     Raises:
         UsageError: it cannot be written there.
+        PiError: the disk is full; nothing half written is left.
     """
     if output is None:
         sys.stdout.write(text)
         return
     try:
-        output.write_text(text)
+        file = output.open("w")
     except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+        kind = PiError if error.errno in files.FULL else UsageError
+        raise kind(f"cannot write {output}: {files.reason(error)}") from error
+    try:
+        with file:
+            file.write(text)
+    except OSError as error:
+        if output.is_file() and not output.is_symlink():
+            output.unlink(missing_ok=True)
+        raise PiError(f"cannot write {output}: {files.reason(error)}") from error
 
 
 def _csv(rows: list[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ..errors import UsageError
+from ..errors import PiError, UsageError
 from .tls import AUTHORITY, ROLE_URI, ROLES
 
 AUTHORITY_KEY = "authority.key"
@@ -42,10 +43,11 @@ def make(
 
     Raises:
         UsageError: a file is there already, or the directory cannot be written.
+        PiError: the disk is full; nothing new is left.
     """
+    written: list[Path] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        written: list[Path] = []
         authority, key = _authority(directory, days, written)
         for role in roles:
             folder = directory / role if folders else directory
@@ -56,7 +58,12 @@ def make(
     except FileExistsError as error:
         raise UsageError(f"{error.filename} exists already; it is not replaced") from error
     except OSError as error:
-        raise UsageError(f"cannot write {directory}: {error.strerror}") from error
+        for path in written:  # of no use without the others, and in the way of a second try
+            path.unlink(missing_ok=True)
+        text = f"cannot write {directory}: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise PiError(f"{text}; make space and try again") from error
+        raise UsageError(text) from error
     return written
 
 
@@ -165,6 +172,6 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write(path: Path, data: bytes, mode: int, written: list[Path]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    written.append(path)  # now, so that one half written is removed too
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
-    written.append(path)

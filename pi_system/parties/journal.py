@@ -8,6 +8,7 @@ only its type and place are written, as its text could hold anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -96,13 +97,17 @@ def milliseconds(seconds: float) -> float:
 
 
 def printer(format_: Format) -> Callable[[Event], None]:
-    """Writes events to stderr: one JSON object a line, or words for people."""
+    """Writes events to stderr: one JSON object a line, or words for people.
+
+    What cannot be written (a full disk, a reader that has gone) is lost: a party serves on.
+    """
     render = json.dumps if format_ == "json" else _words
 
     def show(event: Event) -> None:
         # One write, so that lines of several threads and processes stay whole.
-        sys.stderr.write(render(event) + "\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.write(render(event) + "\n")
+            sys.stderr.flush()
 
     return show
 

@@ -24,12 +24,14 @@ PARTY = [sys.executable, "-m", "pi_system.cli.party"]
 class Party:
     """A listening party."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(
+        self, *arguments: str, inside: tuple[str, ...] = (), stderr: Any = subprocess.PIPE
+    ) -> None:
         self.process = subprocess.Popen(
-            [*PARTY, *arguments],
+            [*inside, *PARTY, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
         assert self.process.stdout is not None
@@ -77,8 +79,8 @@ def launch(parties: Callable[[], dict[str, int]]) -> Iterator[Callable[..., Part
     """Start a listening party; whatever still runs at the end is killed."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments: str) -> Party:
-            party = Party(*arguments)
+        def start(*arguments: str, **how: Any) -> Party:
+            party = Party(*arguments, **how)
             stack.callback(party.process.communicate)
             stack.callback(party.process.kill)
             return party
@@ -93,14 +95,14 @@ def deploy(launch: Callable[..., Party], toy_model: Path, toys: ModuleType) -> D
 
     def begin(
         *options: str, dealer: tuple[str, ...] = (), backend: str = "toy_backends:Plain",
-        model: str | None = None, certs: Path | None = None,
+        model: str | None = None, certs: Path | None = None, **how: Any,
     ) -> Deployed:  # fmt: skip
         links = ("--insecure",) if certs is None else ("--certs", str(certs))
         common = ("--listen", "127.0.0.1:0", "--backend", backend, *links)
-        dealers = launch("dealer", *common, *dealer)
+        dealers = launch("dealer", *common, *dealer, **how)
         server = launch(
             "server", "--model", model or str(toy_model), "--dealer", str(dealers.at),
-            *common, *options,
+            *common, *options, **how,
         )  # fmt: skip
         toy = backend.startswith("toy_backends:")
         made = getattr(toys, backend.partition(":")[2])() if toy else base.get(backend)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ... import files
 from ...errors import IntegrityError, PiError, RefusedError
 
 FILE: Final = "ledger.sqlite"
@@ -151,7 +152,10 @@ class SqliteLedger:
         path = None if directory is None else directory / FILE
         fresh = path is None or not path.exists()
         if path is not None and fresh:
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            except OSError as error:
+                raise PiError(f"{self._where}: no ledger: {files.reason(error)}") from error
         target = ":memory:" if path is None else path
         self._db = sqlite3.connect(target, timeout=0, isolation_level=None, check_same_thread=False)
         try:
@@ -259,7 +263,13 @@ class SqliteLedger:
             return RefusedError(f"{self._where} is in use by another process")
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             return IntegrityError(f"{self._where}: {FILE} is damaged; use a new directory")
-        return PiError(f"{self._where}: cannot write the ledger: {error}")
+        if code == sqlite3.SQLITE_FULL:
+            what = "the disk is full; make space and try again"
+        else:
+            what = f"{error}; is the disk full or failing?"
+        if self._directory is not None and not os.access(self._directory / FILE, os.W_OK):
+            what = "it is read-only here; the store must be writable"
+        return PiError(f"{self._where}: cannot write the ledger: {what}")
 
 
 class _Transaction:

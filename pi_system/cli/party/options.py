@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,16 +383,10 @@ def _observed(host: Host, at: str, backend: Backend) -> Iterator[Address]:
 
 def write_stats(stats: str | None, role: str, meter: dict[str, Any]) -> None:
     """What was sent and received, where ``--stats`` says."""
-    from ...errors import UsageError
     from ...parties.process import peak_memory
+    from .. import common
 
     if stats is None:
         return
     text = json.dumps({"role": role, "meter": meter, "peak_memory": peak_memory()}) + "\n"
-    if stats == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(stats).write_text(text)
-    except OSError as error:
-        raise UsageError(f"cannot write {stats}: {error.strerror}") from error
+    common.write(text, None if stats == "-" else Path(stats))
