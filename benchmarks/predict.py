@@ -1,5 +1,7 @@
 """Everything that ``pi-bench predict`` is judged by, measured anew: what it is fitted to, what it
-is checked against, and the errors. For an idle machine; rows that are there are not measured again.
+is checked against, and the errors. For an idle machine, about 10 minutes. Each row is written when
+it is measured; rows that are there are not measured again, so that a run that was stopped goes on
+when it is called again without --anew.
 
 python benchmarks/predict.py
 python benchmarks/tables.py predict benchmarks/results/predict.json

@@ -29,7 +29,7 @@ from pi_system.backends.base import Database
 from pi_system.backends.fss.store import Store
 from pi_system.graph import serialize
 from pi_system.graph.execute import run
-from pi_system.net.framing import ABORT, HEADER
+from pi_system.net.framing import ABORT, BEAT, HEADER
 
 TRIALS = 24
 
@@ -76,6 +76,9 @@ class Wire:
             stream = source.makefile("rb")
             while len(head := stream.read(HEADER.size)) == HEADER.size:
                 (size,) = HEADER.unpack(head)
+                if size == BEAT:
+                    target.sendall(head)
+                    continue
                 if size == ABORT:
                     head += stream.read(HEADER.size)
                     (size,) = HEADER.unpack(head[-HEADER.size :])
