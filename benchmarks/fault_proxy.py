@@ -1,4 +1,7 @@
-"""A TCP proxy that knows messages (frames, or TLS records) and breaks one of them."""
+"""A TCP proxy that knows messages (frames, or TLS records) and breaks one of them.
+
+Beats are none; over TLS they cannot be told, but none is sent in a session that goes on briskly.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from pi_system.net.framing import ABORT, END, HEADER
+from pi_system.net.framing import ABORT, BEAT, END, HEADER
 
 KINDS: Final = ("kill sender", "kill receiver", "reset", "stall", "truncation", "bit flip")
 _FULL_RECORD: Final = 16384 + 17
@@ -112,6 +115,9 @@ class Proxy:
         with contextlib.suppress(OSError):
             continued = False
             while message := self._read(source):
+                if not self._tls and message == HEADER.pack(BEAT):
+                    target.sendall(message)
+                    continue
                 fault = wire.fault
                 with wire.lock:
                     self._note(sender, message, continued)
@@ -178,7 +184,7 @@ class Proxy:
         if len(head) < HEADER.size:
             return head
         (size,) = HEADER.unpack(head)
-        if size == END:
+        if size in (END, BEAT):
             return head
         if size == ABORT:
             head += _exactly(source, HEADER.size)

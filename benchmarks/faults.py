@@ -41,15 +41,18 @@ from pi_system.net import certificates
 
 HERE = Path(__file__).resolve().parent
 LINKS = ("client-server", "client-dealer", "server-dealer")
-PATIENCE = ("--timeout", "2", "--prepare-timeout", "2")
+SHORT = ("--timeout", "2", "--prepare-timeout", "2")
+"""Limits that make a stall a matter of 2 s and not of 8."""
 LIMIT = 10.0
 
 
 class Deployment:
     """Server and dealer as processes, three proxies, two stores, one after another client."""
 
-    def __init__(self, folder: Path, model: Path, *, tls: bool, store: bool, backend: str) -> None:
-        self.folder, self._tls, self._store = folder, tls, store
+    def __init__(
+        self, folder: Path, model: Path, *, tls: bool, store: bool, backend: str, short: bool
+    ) -> None:
+        self.folder, self._tls, self._store, self._short = folder, tls, store, short
         self._model, self._backend = model, backend
         self.wire = Wire()
         self.temporary = folder / "tmp"
@@ -67,7 +70,8 @@ class Deployment:
 
     def start(self, role: str) -> None:
         """A listening role, at a new port behind the same proxies."""
-        more = ["--listen", "127.0.0.1:0", "--log", "json", "--idle-timeout", "3"]
+        more = ["--listen", "127.0.0.1:0", "--log", "json"]
+        more += ["--idle-timeout", "3"] if self._short else []
         if role == "server":
             more += ["--model", str(self._model)]
             more += ["--dealer", f"127.0.0.1:{self.proxies['server-dealer'].port}"]
@@ -97,8 +101,9 @@ class Deployment:
         return ["--store", str(self.folder / role)] if self._store else []
 
     def _run(self, role: str, *arguments: str) -> subprocess.Popen[str]:
-        security = ["--certs", str(self.folder / "certs")] if self._tls else ["--insecure"]
-        command = [str(HERE / "fault_party.py"), role, *arguments, *PATIENCE, *security]
+        more = ["--certs", str(self.folder / "certs")] if self._tls else ["--insecure"]
+        more += SHORT if self._short else ()
+        command = [str(HERE / "fault_party.py"), role, *arguments, *more]
         return subprocess.Popen(
             [sys.executable, *command, "--backend", self._backend],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -330,15 +335,16 @@ def model_at(folder: Path) -> tuple[Path, np.ndarray[Any, Any]]:
 
 def matrix(
     folder: Path, rows: Path | None, *, tls: bool, store: bool, backend: str, workers: int,
-    every: int, limit: float, kinds: tuple[str, ...] = KINDS,
+    every: int, limit: float, kinds: tuple[str, ...] = KINDS, short: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the cells that ``rows`` does not hold yet."""
     model, truth = model_at(folder)
     seen = {}
     for name, secure in (("plain", False), ("tls", tls)):
         at = Deployment(
-            folder / f"reference-{name}", model, tls=secure, store=store, backend=backend
-        )
+            folder / f"reference-{name}", model, tls=secure, store=store, backend=backend,
+            short=short,
+        )  # fmt: skip
         reference = run_cell(at, None, truth)
         at.close()
         assert verdict({**reference, "phase": ""}) == "ok" and reference["client"]["exit"] == 0, (
@@ -372,7 +378,7 @@ def matrix(
                 break
             if at is None:
                 place = folder / f"worker-{number}-{time.monotonic_ns()}"
-                at = Deployment(place, model, tls=tls, store=store, backend=backend)
+                at = Deployment(place, model, tls=tls, store=store, backend=backend, short=short)
             row = run_cell(at, fault, truth)
             del row["seen"]
             row = {"transport": name, "phase": phase, "fault": fault, "attempt": attempt, **row}
@@ -439,17 +445,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     help="Only these faults.",
 )  # fmt: skip
 @click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Of the cells.")
+@click.option(
+    "--short", is_flag=True, help="Limits on waiting of 2 s in place of the default ones."
+)
 @click.option("--workers", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--seconds", type=float, default=86_400.0, help="Start no cell after so long.")
 def main(
     backend: str, rows: Path | None, output: Path | None, plain: bool, no_store: bool,
-    kinds: tuple[str, ...], every: int, workers: int, seconds: float,
+    kinds: tuple[str, ...], every: int, short: bool, workers: int, seconds: float,
 ) -> None:  # fmt: skip
     """Break every message of a session in every way, and print what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         done = matrix(
             Path(folder), rows, tls=not plain, store=not no_store, backend=backend,
-            workers=workers, every=every, limit=seconds, kinds=kinds,
+            workers=workers, every=every, limit=seconds, kinds=kinds, short=short,
         )  # fmt: skip
     text = table(done)
     print(text)

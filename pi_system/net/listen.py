@@ -132,7 +132,8 @@ def connect(
 ) -> Channel:
     """Connect to a listening party, retrying for ``retry_for`` seconds while nobody listens.
 
-    With ``identity`` the connection speaks TLS, and the other side must be a ``peer``.
+    With ``identity`` the connection speaks TLS, within ``retry_for`` seconds more, and the other
+    side must be a ``peer``.
 
     Raises:
         UsageError: the host name is unknown, or the port number no such.
@@ -159,7 +160,8 @@ def connect(
         pause = min(2 * pause, 0.5)
     if identity is not None:
         with _closed_on_failure(sock):
-            sock = identity.connect(sock, role=peer, seconds=timeout or DEFAULT_TIMEOUT)
+            patience = min(timeout or DEFAULT_TIMEOUT, retry_for)
+            sock = identity.connect(sock, role=peer, seconds=patience)
     return Channel(sock, peer=peer, meter=meter, timeout=timeout, link=link)
 
 

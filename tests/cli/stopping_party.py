@@ -3,7 +3,7 @@
     STOP_AT=setup|offline|idle python stopping_party.py ROLE ...
 
 In setup and offline in the middle of the phase, idle after the first inference (the dealer: after
-the first request for material).
+the first request for material). With COMPUTE=SECONDS a server computes for so long within offline.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from pi_system.backends.fss import client, dealer, offline, server
 from pi_system.cli.party import main
@@ -47,7 +50,24 @@ def stop(place: Any, name: str, *, after: bool) -> None:
     setattr(place, name, stopping)
 
 
+def compute(seconds: float) -> None:
+    """Have the server's offline phase take so long, all of it in numpy."""
+    function = offline.receive
+
+    def slow(*arguments: Any) -> Any:
+        offline.receive = function
+        matrix = np.ones((600, 600))
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            matrix = matrix @ matrix / 600
+        return function(*arguments)
+
+    offline.receive = slow
+
+
 if __name__ == "__main__":
+    if seconds := os.environ.get("COMPUTE"):
+        compute(float(seconds))
     if point := os.environ.get("STOP_AT"):
         stop(*_POINTS[sys.argv[1], point], after=point == "idle")
     main()

@@ -1,7 +1,8 @@
 """Peers that are there and say nothing: within 10 s, by default, whoever waits for one has ended.
 
 All cases run at once, over TLS and with no limit changed: parties that are stopped (SIGSTOP) in
-every phase, and strangers who fall silent at every step of coming in.
+every phase, and strangers who fall silent at every step of coming in. And one that computes for
+longer than that, and is waited for.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ from pi_system.parties.handshake import Hello
 PHASES = ("setup", "offline", "idle")
 ROLES = ("client", "server", "dealer")
 LIMIT = 10.0
+BUSY = 11.0
 SESSION = "5" * 32
 
 
 class Party:
     """A process, and when it said what on stderr."""
 
-    def __init__(self, *arguments: str, stop: str = "") -> None:
+    def __init__(self, *arguments: str, stop: str = "", compute: str = "") -> None:
         root = Path(__file__).resolve().parents[2]
         script = [sys.executable, str(Path(__file__).with_name("stopping_party.py"))]
         self.process = subprocess.Popen(
             [*script, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "STOP_AT": stop, "PYTHONPATH": str(root)},
+            env={**os.environ, "STOP_AT": stop, "COMPUTE": compute, "PYTHONPATH": str(root)},
         )  # fmt: skip
         self.said: list[tuple[float, str]] = []
         self.ended = 0.0
@@ -131,6 +133,7 @@ class Found:
     after: tuple[int, int]
     client: Callable[..., Party]
     server_store: Path
+    patient: tuple[float, int, str]
 
 
 def ledger(store: Path) -> dict[str, tuple[int, int]]:
@@ -209,18 +212,27 @@ def found(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
     links = ("--certs", str(certs), "--per-client", "8")
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(24) as pool:
 
-        def start(*arguments: str, stop: str = "") -> Party:
-            party = Party(*arguments, stop=stop)
+        def start(*arguments: str, **how: str) -> Party:
+            party = Party(*arguments, **how)
             stack.callback(party.close)
             return party
 
         def dealer(stop: str = "") -> Party:
             return start("dealer", "--listen", "127.0.0.1:0", *links, stop=stop)
 
-        def server(dealers: list[str], stop: str = "") -> Party:
+        def server(dealers: list[str], stop: str = "", compute: str = "") -> Party:
             model = ("--model", str(toy_model), "--dealer", ",".join(dealers))
-            store = ("--store", str(folder / f"server {stop}".strip()))
-            return start("server", "--listen", "127.0.0.1:0", *model, *links, *store, stop=stop)
+            store = ("--store", str(folder / f"server {stop}{compute}".strip()))
+            return start(
+                "server",
+                "--listen",
+                "127.0.0.1:0",
+                *model,
+                *links,
+                *store,
+                stop=stop,
+                compute=compute,
+            )
 
         def client(server: str, dealer: str, store: Path, stop: str = "") -> Party:
             at = ("--server", server, "--dealer", dealer, "--images", str(folder / "x.npy"))
@@ -249,7 +261,15 @@ def found(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
                 asking.process.wait(3 * LIMIT)
             return Case(party, asking, stopped, store)
 
+        def patient() -> tuple[float, int, str]:
+            started = time.monotonic()
+            asking = client(slow.at, dealers_at[""], folder / "patient")
+            code, line = asking.end(4 * LIMIT)
+            return asking.ended - started, code, line
+
+        slow = server(known[:1], compute=str(BUSY))
         before = measured()
+        waiting = pool.submit(patient)
         silences: dict[str, Future[tuple[float, str]]] = {}
         for role, at in (("server", servers_at[""]), ("dealer", dealers_at[""])):
             for step, begin in strangers(role, parse_address(at), certs).items():
@@ -258,6 +278,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
             (role, stop): pool.submit(case, role, stop) for role in ROLES for stop in PHASES
         }  # fmt: skip
         cases = {key: future.result() for key, future in running.items()}
+        waited = waiting.result()
         dropped = {name: future.result() for name, future in silences.items()}
         until = max(one.stopped for one in cases.values()) + LIMIT
         while measured() > before and time.monotonic() < until:
@@ -268,6 +289,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
         yield Found(
             cases, dropped, servers[""], dealers[""], before, after,
             lambda store: client(servers_at[""], dealers_at[""], store), folder / "server",
+            waited,
         )  # fmt: skip
 
 
@@ -316,6 +338,12 @@ def test_who_goes_on_afterwards_finds_its_session_over(found: Found, role: str, 
     party.process.terminate()
     code, _ = party.end()
     assert code == 0 and not any("Traceback" in line for _, line in party.said)
+
+
+def test_a_peer_that_computes_for_longer_is_waited_for(found: Found) -> None:
+    seconds, code, line = found.patient
+    assert code == 0, line
+    assert seconds > BUSY
 
 
 def test_nothing_is_held_open(found: Found) -> None:

@@ -25,7 +25,7 @@ def cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
     """Runs one cell; at the end nothing is left."""
     folder = tmp_path_factory.mktemp("faults")
     model, truth = faults.model_at(folder)
-    at = faults.Deployment(folder / "one", model, tls=True, store=True, backend="fss")
+    at = faults.Deployment(folder / "one", model, tls=True, store=True, backend="fss", short=True)
     try:
         yield lambda fault: {"phase": "", **faults.run_cell(at, fault, truth)}
     finally:
