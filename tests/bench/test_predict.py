@@ -180,7 +180,7 @@ def test_the_command_predicts_and_checks(
     data = json.loads(out)
     wan, far = data["predictions"]
     assert (wan["network"], far["network"], wan["relus"]) == ("wan", "80:20", 12500)
-    assert 40 * 13 < wan["online_ms"] < 40 * 13 + 60 and far["online_ms"] > 80 * 13
+    assert 40 * 10 < wan["online_ms"] < 40 * 10 + 60 and far["online_ms"] > 80 * 10
     assert data["fit"]["left_out"]["online"]["median"] < 0.02
     code = common.run(bench.cli, [*fit, "--check", str(tmp_path / "check.json")])
     out, err = capsys.readouterr()
