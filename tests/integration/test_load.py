@@ -57,11 +57,13 @@ def test_clients_that_come_and_go_get_right_answers_or_named_errors(
         ({"unnamed": ["client 0: KeyError"]}, "KeyError"),
         ({"exit_code": 143}, "the server ended with 143"),
         ({"growth": 0.2}, "memory grew"),
+        ({"peak_growth": 0.2}, "memory grew"),
     ],
 )
 def test_what_does_not_hold_is_found(load: ModuleType, change: dict[str, Any], found: str) -> None:
     row = {"answers": 10, "asked": 10, "wrong": 0, "reused": 0, "unnamed": []}
-    facts = {"exit_code": change.pop("exit_code", 0), "memory": {"growth": change.pop("growth", 0)}}
+    sizes = {name: change.pop(name, 0) for name in ("growth", "peak_growth")}
+    facts = {"exit_code": change.pop("exit_code", 0), "memory": sizes}
     result = {"runs": [{**row, **change}], "parties": {"server": facts}, "judge_memory": True}
     assert found in " ".join(load.bad(result))
     assert bool(load.bad(result)) == bool(found)
@@ -72,3 +74,6 @@ def test_growth_is_what_comes_after_the_warm_up(load: ModuleType) -> None:
     assert load.memory(grown)["growth"] == pytest.approx(139.5 / 79.5 - 1, abs=0.02)
     spike = [(float(at), 10**6 * (min(50 + at, 60) + 90 * (at == 70))) for at in range(100)]
     assert load.memory(spike)["growth"] == 0 and load.memory(spike)["most"] == 150
+    assert load.memory(spike)["peak_growth"] == 1.5
+    assert load.memory(grown)["slope"] == pytest.approx(79 / 79.5, abs=0.02)
+    assert len(load.memory(grown)["raw"]) == 50

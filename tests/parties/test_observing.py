@@ -27,12 +27,14 @@ from pi_system.parties.commands import Command
 
 Images = npt.NDArray[np.float32]
 Deploy = Callable[..., Any]
+PATIENCE = 30.0
+"""Seconds that a busy machine may take; nothing waits for them otherwise."""
 PARTY = [sys.executable, "-m", "pi_system.cli.party"]
 
 
 def get(at: str, page: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://{at}{page}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{at}{page}", timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, ""
@@ -47,6 +49,13 @@ def samples(at: str) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def wait_for(at: str, total: float, *counter: str) -> None:
+    """Until a counter says so: a party writes down what ends after its peer has heard of it."""
+    until = time.monotonic() + PATIENCE
+    while samples(at).get(counter, 0) < total and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def test_what_happened_is_counted_and_shown(
@@ -69,10 +78,14 @@ def test_what_happened_is_counted_and_shown(
     with Client(made.client()) as client, pytest.raises(BusyError):
         client.setup()
         Client(made.client())
+    wait_for(at, 1, "pi_refusals_total", "BusyError")
+    wait_for(at, 3, "pi_sessions_total", "ended")
     with pytest.raises(PeerError), Client(made.client()) as client:
         commands.send(client._server, Command("online", 0))  # out of turn
         client.ping()
 
+    wait_for(at, 1, "pi_sessions_total", "failed")
+    wait_for(dealer_at, 3, "pi_material_total")
     found = samples(at)
     assert found["pi_inferences_total",] == 1 and found["pi_material_left",] == 2
     assert found["pi_sessions_total", "ended"] == 3 and found["pi_sessions_total", "failed"] == 1
@@ -98,13 +111,16 @@ def test_what_happened_is_counted_and_shown(
     assert "Last errors" in shown.stdout and "failed" in shown.stdout
 
     made.dealer.process.kill()
+    made.dealer.process.wait()
     shown = status("--at", dealer_at, "--timeout", "2")
     assert shown.returncode == 5 and shown.stdout == ""
     assert f"error: cannot reach {dealer_at}" in shown.stderr
 
 
 def status(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PARTY, "status", *arguments], capture_output=True, text=True)
+    patience = () if "--timeout" in arguments else ("--timeout", str(PATIENCE))
+    command = [*PARTY, "status", *arguments, *patience]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_health_says_when_a_server_stops(deploy: Deploy) -> None:
@@ -113,8 +129,9 @@ def test_health_says_when_a_server_stops(deploy: Deploy) -> None:
         client.setup()
         client.offline(1)
         commands.send(client._server, Command("online", 0))
+        time.sleep(0.3)  # the server has taken it and waits for the image
         made.server.process.terminate()
-        until = time.monotonic() + 5
+        until = time.monotonic() + PATIENCE
         while (code := get(made.server.metrics, "/healthz")[0]) == 200 and time.monotonic() < until:
             time.sleep(0.01)
         assert code == 503

@@ -15,19 +15,24 @@ from pi_system.errors import PiError
 from pi_system.graph import serialize
 from pi_system.net.listen import Listener
 from pi_system.parties.address import Address
+from pi_system.parties.admission import Limits
 from pi_system.parties.client import Client, ClientSettings
 from pi_system.parties.dealer import Dealer
 from pi_system.parties.server import ServerSettings, serve_once
 from pi_system.parties.serving import ServingSettings
 from pi_system.parties.timeouts import Timeouts
 
-TIMEOUTS = Timeouts(step=5.0, prepare=5.0, idle=5.0, hello=5.0)
+PATIENCE = 40.0
+"""Seconds, more than a busy machine takes: who waits so long for a killed peer has not noticed."""
+TIMEOUTS = Timeouts(step=PATIENCE, prepare=PATIENCE, idle=PATIENCE, hello=PATIENCE, life=PATIENCE)
 INFERENCES = 3
 REFUSED, LOST = 6, 5
 
 
 def dealer(listening: socket.socket) -> None:
-    settings = ServingSettings(FssBackend(), "fss", timeouts=TIMEOUTS)
+    # Sessions of killed parties may linger: they must not crowd out the next ones.
+    limits = Limits(sessions=64, queue=64, per_client=128)
+    settings = ServingSettings(FssBackend(), "fss", timeouts=TIMEOUTS, limits=limits)
     Dealer(Listener.adopt(listening.detach()), settings).host().serve_forever()
 
 
