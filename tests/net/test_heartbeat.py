@@ -186,6 +186,8 @@ def test_beats_from_another_thread_break_no_frame(certs: Path, kind: int) -> Non
         return total
 
     with links(certs)[kind]() as (server, client):
+        for channel in (server, client):  # so that a large frame takes many a send
+            channel._raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with hammered(server, client), ThreadPoolExecutor() as pool:
             other = pool.submit(talk, client, 2)
             assert talk(server, 1) == other.result() == sum(sizes)
