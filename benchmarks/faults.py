@@ -43,6 +43,7 @@ HERE = Path(__file__).resolve().parent
 LINKS = ("client-server", "client-dealer", "server-dealer")
 SHORT = ("--timeout", "2", "--prepare-timeout", "2")
 """Limits that make a stall a matter of 2 s and not of 8."""
+PHASES = ("handshake", "setup", "probe", "offline", "online", "close")
 LIMIT = 10.0
 
 
@@ -415,7 +416,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "longest, s | burnt / never claimed | reused | left behind |",
         "|---|---|---|--:|--:|---|--:|--:|--:|--:|",
     ]
-    for key, group in groups.items():
+    for key, group in sorted(groups.items(), key=lambda item: _place(item[0])):
         codes = Counter(row["client"]["exit"] for row in group)
         burnt = sum(row["material"] != "never claimed" for row in group)
         lines.append(
@@ -432,6 +433,25 @@ def table(rows: list[dict[str, Any]]) -> str:
         for r in bad
     ]
     return "\n".join(lines) + "\n"
+
+
+def _place(key: tuple[str, str, str]) -> tuple[str, int, int]:
+    links, phase, kind = key
+    return links, PHASES.index(phase), KINDS.index(kind)
+
+
+def preface(*, short: bool) -> str:
+    """What a table is of."""
+    limits = "limits on waiting of 2 s" if short else "the default limits on waiting"
+    return f"""# Fault matrix
+
+One session (setup, offline, one inference) of a network with 4 linear and 3 ReLU layers on
+loopback, {limits}, and a second one with fresh material that
+must succeed. Written by `benchmarks/faults.py`; every cell is in the JSON file beside it. Exit code
+-9 is the killed client itself, 0 a fault that came too late to matter. Over TLS a flipped bit is
+refused; without TLS it can go unnoticed, and a wrong answer is what such a cell shows.
+
+"""
 
 
 @click.command()
@@ -463,7 +483,7 @@ def main(
     text = table(done)
     print(text)
     if output:
-        output.with_suffix(".md").write_text(text)
+        output.with_suffix(".md").write_text(preface(short=short) + text)
         compact = (
             "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in done) + "\n]\n"
         )
