@@ -48,12 +48,11 @@ def top_together(scores: dict[str, Tensor], count: int, minimum: int = 0) -> dic
         chosen = top(torch.cat([score.reshape(-1) for score in kept.values()]), count)
         parts = torch.split(chosen, [score.numel() for score in kept.values()])
         sizes = {name: int(part.sum()) for name, part in zip(kept, parts, strict=True)}
-        small = [name for name, size in sizes.items() if 0 < size < minimum]
-        smallest = min(small, key=lambda name: sizes[name], default=None)
-        room = sum(score.numel() for name, score in kept.items() if name != smallest)
-        if smallest is None or room < count:
+        room = sum(score.numel() for score in kept.values()) - count
+        small = [n for n, size in sizes.items() if 0 < size < minimum and kept[n].numel() <= room]
+        if not small:
             break
-        del kept[smallest]
+        del kept[min(small, key=lambda name: sizes[name])]
     found = {name: part.view(kept[name].shape) for name, part in zip(kept, parts, strict=True)}
     return {
         name: found.get(name, torch.zeros_like(score, dtype=chosen.dtype))

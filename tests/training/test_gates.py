@@ -148,6 +148,14 @@ def test_top_together_keeps_exactly_k(values: list[list[int]], draw: st.DataObje
         assert kept.min() >= left.max()
 
 
+def test_a_small_site_goes_though_the_smallest_must_stay() -> None:
+    parts = {"large": [9.0] + 8 * [0.0], "small": 2 * [8.0], "middle": 3 * [7.0]}
+    masks = top_together({name: torch.tensor(part) for name, part in parts.items()}, 6, 3)
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {
+        "large": 3, "small": 0, "middle": 3,
+    }  # fmt: skip
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=5),
