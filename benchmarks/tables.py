@@ -168,6 +168,11 @@ PARTIES_OF = {
 }
 
 
+def _three(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 def run_row(result: Mapping[str, Any]) -> Row:
     """The cells of one result of ``pi-bench run``."""
     online, offline, accuracy = result["online"], result["offline"], result["accuracy"]
@@ -208,7 +213,7 @@ def compare_rows(comparison: Mapping[str, Any]) -> list[Row]:
             NAMES.get(one["name"], one["name"]),
             f"{one['model']['relu_kept']:,}",
             _milliseconds((whole or online)["latency_ms"]) + (f" {WHOLE}" if whole else ""),
-            f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g})",
+            f"{_three(ratio['median'])} ({_three(ratio['min'])} to {_three(ratio['max'])})",
         )
         if whole:
             carried = whole["interface_bytes"]
@@ -237,12 +242,12 @@ def compare_notes(comparison: Mapping[str, Any]) -> list[str]:
             above, below = (NAMES.get(ratio[key], ratio[key]) for key in ("contender", "over"))
             latency = ratio["online_latency"]
             note = (
-                f"- {comparison['model']['name']}, {above} over {below}: {latency['median']:.3g} "
-                f"times the online latency ({latency['min']:.3g} to {latency['max']:.3g} in "
-                f"{rounds} rounds)"
+                f"- {comparison['model']['name']}, {above} over {below}: "
+                f"{_three(latency['median'])} times the online latency "
+                f"({_three(latency['min'])} to {_three(latency['max'])} in {rounds} rounds)"
             )
             if ratio["online_bytes"] is not None:
-                note += f", {ratio['online_bytes']:.3g} times the online bytes"
+                note += f", {_three(ratio['online_bytes'])} times the online bytes"
             notes.append(f"{note}.")
     if any(one.get("whole") for one in comparison["contenders"]):
         notes.append(
