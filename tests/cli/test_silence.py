@@ -1,8 +1,8 @@
 """Peers that are there and say nothing: within 10 s, by default, whoever waits for one has ended.
 
 All cases run at once, over TLS and with no limit changed: parties that are stopped (SIGSTOP) in
-every phase, and strangers who fall silent at every step of coming in. And one that computes for
-longer than that, and is waited for.
+every phase, and strangers who fall silent at every step of coming in, or talk rubbish. And one that
+computes for longer than that, and is waited for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -43,6 +44,7 @@ ROLES = ("client", "server", "dealer")
 LIMIT = 10.0
 BUSY = 11.0
 SESSION = "5" * 32
+RUBBISH = random.Random(5).randbytes(4096)
 
 
 class Party:
@@ -164,7 +166,7 @@ def until_dropped(begin: Callable[[], socket.socket | Channel]) -> tuple[float, 
 
 
 def strangers(role: str, at: Address, certs: Path) -> dict[str, Callable[[], Any]]:
-    """Who falls silent at the ``role``, and where."""
+    """Who falls silent at the ``role``, and where, or talks rubbish."""
     client, server = (Identity.of(certs, name) for name in ("client", "server"))
 
     def raw(words: bytes) -> socket.socket:
@@ -192,11 +194,18 @@ def strangers(role: str, at: Address, certs: Path) -> dict[str, Callable[[], Any
         threading.Thread(target=until_dropped, args=(lambda: one,)).start()
         return other
 
+    def rubbish(begin: Callable[[], Channel]) -> Channel:
+        channel = begin()
+        channel.send(RUBBISH)
+        return channel
+
     steps: dict[str, Callable[[], Any]] = {
         "connected": lambda: raw(b""), "in TLS": lambda: raw(b"\x16\x03\x01"), "after TLS": secure,
+        "rubbish": lambda: raw(RUBBISH), "rubbish after TLS": lambda: rubbish(secure),
     }  # fmt: skip
     if role == "server":
-        return {**steps, "after hello": greeting}
+        later = {"after hello": greeting, "rubbish after hello": lambda: rubbish(greeting)}
+        return {**steps, **later}
     return {**steps, "alone after hello": lonely, "paired after hello": paired}
 
 
@@ -375,11 +384,12 @@ def test_material_that_was_begun_is_burnt_and_others_are_served(
 @pytest.mark.parametrize("at", ["server", "dealer"])
 def test_strangers_who_fall_silent_are_dropped(found: Found, at: str) -> None:
     mine = {name: one for name, one in found.silences.items() if name.startswith(at)}
-    assert len(mine) >= 4
+    assert len(mine) >= 6
     for name, (seconds, told) in mine.items():
         assert seconds < LIMIT, (name, seconds, told)
         if "hello" not in name:
             assert seconds < 5, (name, seconds, told)
+    assert "no valid JSON" in mine[f"{at}: rubbish after TLS"][1]
     if at == "server":
         told = mine["server: after hello"][1]
         assert told == "the server gave up: the client gave no sign of life for 8 s"
