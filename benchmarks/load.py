@@ -303,19 +303,20 @@ def memory(samples: list[tuple[float, int]]) -> dict[str, Any]:
     fifth, from its beginning to its end.
     """
     start, end = samples[0][0], samples[-1][0]
-    fifths = [
-        [size for at, size in samples if low <= FIFTHS * (at - start) / (end - start) < low + 1]
-        for low in range(FIFTHS)
-    ]
+
+    def parts(count: int) -> list[list[int]]:
+        """The sizes in each of so many equal parts of the run."""
+        found: list[list[int]] = [[] for _ in range(count + 1)]
+        for at, size in samples:
+            found[int(count * (at - start) / (end - start))].append(size)
+        return found[:count]
+
+    fifths = parts(FIFTHS)
     base, *later = (float(np.median(fifth)) for fifth in fifths[1:])
     peak, *peaks = (max(fifth) for fifth in fifths[1:])
     after = [(at, size) for at, size in samples if at >= start + (end - start) / FIFTHS]
     times, sizes = np.array(after).T
     rise = float(np.polyfit(times - times[0], sizes, 1)[0] * (times[-1] - times[0]))
-    bins = [
-        [size for at, size in samples if low <= BINS * (at - start) / (end - start) < low + 1]
-        for low in range(BINS)
-    ]
     return {
         "warm": round(base / 1e6, 1),
         "later": [round(size / 1e6, 1) for size in later],
@@ -327,7 +328,7 @@ def memory(samples: list[tuple[float, int]]) -> dict[str, Any]:
         # Least, median and largest of every fiftieth of the run.
         "raw": [
             [round(float(size) / 1e6, 1) for size in (min(some), np.median(some), max(some))]
-            for some in bins
+            for some in parts(BINS)
             if some
         ],
     }

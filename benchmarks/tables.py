@@ -26,6 +26,7 @@ import numpy as np
 
 from pi_system.bench import cost
 from pi_system.bench.sheet import Sheet
+from pi_system.bench.table import significant
 from pi_system.net import link as links
 
 Row = tuple[str, ...]
@@ -168,9 +169,8 @@ PARTIES_OF = {
 }
 
 
-def _three(value: float) -> str:
-    """Three digits, never as a power of ten."""
-    return f"{float(f'{value:.3g}'):,.10g}"
+def _range(ratio: Mapping[str, float]) -> str:
+    return f"{significant(ratio['min'])} to {significant(ratio['max'])}"
 
 
 def run_row(result: Mapping[str, Any]) -> Row:
@@ -213,7 +213,7 @@ def compare_rows(comparison: Mapping[str, Any]) -> list[Row]:
             NAMES.get(one["name"], one["name"]),
             f"{one['model']['relu_kept']:,}",
             _milliseconds((whole or online)["latency_ms"]) + (f" {WHOLE}" if whole else ""),
-            f"{_three(ratio['median'])} ({_three(ratio['min'])} to {_three(ratio['max'])})",
+            f"{significant(ratio['median'])} ({_range(ratio)})",
         )
         if whole:
             carried = whole["interface_bytes"]
@@ -243,11 +243,11 @@ def compare_notes(comparison: Mapping[str, Any]) -> list[str]:
             latency = ratio["online_latency"]
             note = (
                 f"- {comparison['model']['name']}, {above} over {below}: "
-                f"{_three(latency['median'])} times the online latency "
-                f"({_three(latency['min'])} to {_three(latency['max'])} in {rounds} rounds)"
+                f"{significant(latency['median'])} times the online latency "
+                f"({_range(latency)} in {rounds} rounds)"
             )
             if ratio["online_bytes"] is not None:
-                note += f", {_three(ratio['online_bytes'])} times the online bytes"
+                note += f", {significant(ratio['online_bytes'])} times the online bytes"
             notes.append(f"{note}.")
     if any(one.get("whole") for one in comparison["contenders"]):
         notes.append(

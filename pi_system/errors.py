@@ -17,7 +17,12 @@
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
 MAX_MESSAGE = 2000
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, over the quota, over the limit on a file's size."""
 
 
 class PiError(Exception):
@@ -82,3 +87,13 @@ class RefusedError(PiError):
 
 class IntegrityError(RefusedError):
     """A corrupt, truncated or mismatched file."""
+
+
+def reason(error: OSError) -> str:
+    """What is wrong and, where the disk is, what to do about it."""
+    text = error.strerror or str(error)
+    if error.errno in FULL:
+        return f"{text}; make space and try again"
+    if error.errno == errno.EROFS:
+        return f"{text}; it must be writable"
+    return text

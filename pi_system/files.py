@@ -1,14 +1,9 @@
-"""Files that are written whole or not at all, and why one could not be written."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
-from typing import Final
-
-FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space, over the quota, over the limit on a file's size."""
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
@@ -26,13 +21,3 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def reason(error: OSError) -> str:
-    """What is wrong and, where the disk is, what to do about it."""
-    text = error.strerror or str(error)
-    if error.errno in FULL:
-        return f"{text}; make space and try again"
-    if error.errno == errno.EROFS:
-        return f"{text}; it must be writable"
-    return text

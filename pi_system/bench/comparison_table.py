@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .schema import Comparison, Contender, Latency, Ratio
-from .table import print_work, size, stated
+from .table import print_work, significant, size, stated
 
 WHOLE: Final = "*"
 """Marks the figures of peers, whose phases cannot be told apart."""
@@ -62,7 +62,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 def _add_row(table: Table, one: Contender, ratio: Ratio) -> None:
     cells = [one.name, f"{one.model.relu_kept:,}"]
-    factor = f"{ratio.online_latency.median:.3g}"
+    factor = significant(ratio.online_latency.median)
     if one.whole is not None:
         carried = one.whole.interface_bytes
         cells += [f"{WHOLE} {_times(one.whole.latency_ms)}", factor]
@@ -78,8 +78,8 @@ def _add_row(table: Table, one: Contender, ratio: Ratio) -> None:
 def _sentence(ratio: Ratio, rounds: int) -> str:
     latency = ratio.online_latency
     text = (
-        f"{ratio.contender} / {ratio.over}: {latency.median:.3g} x online latency "
-        f"({latency.min:.3g} to {latency.max:.3g} in {rounds} rounds)"
+        f"{ratio.contender} / {ratio.over}: {significant(latency.median)} x online latency "
+        f"({significant(latency.min)} to {significant(latency.max)} in {rounds} rounds)"
     )
     for factor, what in (
         (ratio.online_bytes, "online bytes"),
@@ -88,7 +88,7 @@ def _sentence(ratio: Ratio, rounds: int) -> str:
         (ratio.offline_bytes, "offline bytes"),
     ):
         if factor is not None:
-            text += f", {factor:.3g} x {what}"
+            text += f", {significant(factor)} x {what}"
     return text + "."
 
 

@@ -135,3 +135,9 @@ def _print_predictions(console: Console, result: Result) -> None:
             "yes" if row.equal else "[red]NO[/red]",
         )
     console.print(table)
+
+
+def significant(value: float) -> str:
+    """Three digits, without an exponent: 0.94, 22.3, 10,900."""
+    text = f"{value:.3g}"
+    return f"{float(text):,.0f}" if "e+" in text else text

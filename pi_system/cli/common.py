@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from .. import files
-from ..errors import PiError, UsageError
+from ..errors import FULL, PiError, UsageError, reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,9 +73,9 @@ def _report(error: BaseException) -> int:
             # The reader of stdout has gone; keep the interpreter from complaining at exit.
             _drop_stdout()
             return 1
-        case OSError() if error.errno in files.FULL:
+        case OSError() if error.errno in FULL:
             _drop_stdout()
-            _line(f"error: cannot write {error.filename or 'the output'}: {files.reason(error)}")
+            _line(f"error: cannot write {error.filename or 'the output'}: {reason(error)}")
             return 1
         case _:
             _line(f"error: unexpected {type(error).__name__}: {error} (--traceback shows where)")
@@ -170,15 +169,15 @@ def write(text: str, output: Path | None) -> None:
     try:
         file = output.open("w")
     except OSError as error:
-        kind = PiError if error.errno in files.FULL else UsageError
-        raise kind(f"cannot write {output}: {files.reason(error)}") from error
+        kind = PiError if error.errno in FULL else UsageError
+        raise kind(f"cannot write {output}: {reason(error)}") from error
     try:
         with file:
             file.write(text)
     except OSError as error:
         if output.is_file() and not output.is_symlink():
             output.unlink(missing_ok=True)
-        raise PiError(f"cannot write {output}: {files.reason(error)}") from error
+        raise PiError(f"cannot write {output}: {reason(error)}") from error
 
 
 def _csv(rows: list[Mapping[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ..errors import PiError, UsageError
+from ..errors import FULL, PiError, UsageError, reason
 from .tls import AUTHORITY, ROLE_URI, ROLES
 
 AUTHORITY_KEY = "authority.key"
@@ -60,10 +59,8 @@ def make(
     except OSError as error:
         for path in written:  # of no use without the others, and in the way of a second try
             path.unlink(missing_ok=True)
-        text = f"cannot write {directory}: {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise PiError(f"{text}; make space and try again") from error
-        raise UsageError(text) from error
+        kind = PiError if error.errno in FULL else UsageError
+        raise kind(f"cannot write {directory}: {reason(error)}") from error
     return written
 
 

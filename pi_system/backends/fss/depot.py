@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ... import files
-from ...errors import IntegrityError, PiError, RefusedError, UsageError
+from ...errors import IntegrityError, PiError, RefusedError, UsageError, reason
 from . import ledger as ledgers
 from .ledger import Entry, Ledger, SqliteLedger
 from .material import Codec
@@ -133,7 +133,7 @@ class DiskShelf(_Ledgered, Generic[Item]):
                 if path.suffix != _SUFFIX:
                     path.unlink()  # a file half written when its process was killed
         except OSError as error:
-            raise PiError(f"cannot use {directory}: {files.reason(error)}") from error
+            raise PiError(f"cannot use {directory}: {reason(error)}") from error
 
     def _path(self, inference: int) -> Path:
         return self._directory / f"{inference:010d}{_SUFFIX}"
@@ -147,7 +147,7 @@ class DiskShelf(_Ledgered, Generic[Item]):
         try:
             files.write_atomic(path, self._codec.encode(inference, item), mode=0o600)
         except OSError as error:
-            raise PiError(f"cannot write {path}: {files.reason(error)}") from error
+            raise PiError(f"cannot write {path}: {reason(error)}") from error
 
     def take(self, inference: int) -> Item:
         path = self._path(inference)
@@ -160,7 +160,7 @@ class DiskShelf(_Ledgered, Generic[Item]):
         except FileNotFoundError as error:
             raise RefusedError(f"{path}: the material of inference {inference} is gone") from error
         except OSError as error:
-            raise PiError(f"cannot take {path}: {files.reason(error)}") from error
+            raise PiError(f"cannot take {path}: {reason(error)}") from error
         return decode(self._codec, inference, data, str(path))
 
     def drop(self, inferences: Iterable[int]) -> None:
@@ -169,7 +169,7 @@ class DiskShelf(_Ledgered, Generic[Item]):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                raise PiError(f"cannot remove {path}: {files.reason(error)}") from error
+                raise PiError(f"cannot remove {path}: {reason(error)}") from error
 
 
 class Directory:
@@ -231,7 +231,7 @@ def _prepare(directory: Path) -> None:
         if stat.S_IMODE(directory.stat().st_mode) & 0o077:
             raise RefusedError(f"{directory} is open to other users; chmod 700 it, or begin anew")
     except OSError as error:
-        raise PiError(f"cannot use {directory} as a store: {files.reason(error)}") from error
+        raise PiError(f"cannot use {directory} as a store: {reason(error)}") from error
 
 
 def _sweep(directory: Path, pairs: set[str]) -> None:

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from ... import files
-from ...errors import IntegrityError, PiError, RefusedError
+from ...errors import IntegrityError, PiError, RefusedError, reason
 
 FILE: Final = "ledger.sqlite"
 MAX_PAIRS: Final = 4096
@@ -155,7 +154,7 @@ class SqliteLedger:
             try:
                 os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
             except OSError as error:
-                raise PiError(f"{self._where}: no ledger: {files.reason(error)}") from error
+                raise PiError(f"{self._where}: no ledger: {reason(error)}") from error
         target = ":memory:" if path is None else path
         self._db = sqlite3.connect(target, timeout=0, isolation_level=None, check_same_thread=False)
         try:
@@ -263,12 +262,12 @@ class SqliteLedger:
             return RefusedError(f"{self._where} is in use by another process")
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             return IntegrityError(f"{self._where}: {FILE} is damaged; use a new directory")
-        if code == sqlite3.SQLITE_FULL:
+        if self._directory is not None and not os.access(self._directory / FILE, os.W_OK):
+            what = "it is read-only here; the store must be writable"
+        elif code == sqlite3.SQLITE_FULL:
             what = "the disk is full; make space and try again"
         else:
             what = f"{error}; is the disk full or failing?"
-        if self._directory is not None and not os.access(self._directory / FILE, os.W_OK):
-            what = "it is read-only here; the store must be writable"
         return PiError(f"{self._where}: cannot write the ledger: {what}")
 
 

@@ -21,6 +21,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from ..table import significant
+
 COLOURS: Final = (
     "#0b6fb8", "#d1560b", "#0c8f6b", "#b5479a", "#a87600", "#5b5fc7", "#8a5a44", "#8a949e",
 )  # fmt: skip
@@ -303,12 +305,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def short(label: str, most: int = _LABEL) -> str:
     """A label that fits; the table beside a chart has the whole of it."""
     return label if len(label) <= most else label[: most - 1] + "…"
-
-
-def significant(value: float) -> str:
-    """Three digits, without an exponent: 0.94, 22.3, 10,900."""
-    text = f"{value:.3g}"
-    return f"{float(text):,.0f}" if "e+" in text else text
 
 
 def _count(value: float, place: object = None) -> str:

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from ...errors import UsageError
 from ...net.link import PRESETS, parse
-from .charts import Bars, Chart, Dots, Line, Lines, significant
+from ..table import significant
+from .charts import Bars, Chart, Dots, Line, Lines
 from .sources import Comparison, Material, Peer, Run, Student
 
 Cell = str | float | int | None
