@@ -77,6 +77,7 @@ def _add_row(table: Table, one: Contender, ratio: Ratio) -> None:
 
 def _sentence(ratio: Ratio, rounds: int) -> str:
     latency = ratio.online_latency
+    offline = None if ratio.offline_latency is None else ratio.offline_latency.median
     text = (
         f"{ratio.contender} / {ratio.over}: {significant(latency.median)} x online latency "
         f"({significant(latency.min)} to {significant(latency.max)} in {rounds} rounds)"
@@ -84,7 +85,7 @@ def _sentence(ratio: Ratio, rounds: int) -> str:
     for factor, what in (
         (ratio.online_bytes, "online bytes"),
         (ratio.round_trips, "round trips"),
-        (ratio.offline_latency and ratio.offline_latency.median, "offline latency"),
+        (offline, "offline latency"),
         (ratio.offline_bytes, "offline bytes"),
     ):
         if factor is not None:
