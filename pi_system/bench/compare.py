@@ -74,7 +74,7 @@ def compare(
     names = [name for name in dict.fromkeys(plan.contenders) if name != PLAINTEXT]
     for name in names:
         contenders.check(name)
-    described = environment.describe(plan.threads)
+    described = environment.describe()
     measurement = _measurement(plan)
     timer = measurement.plaintext()
     with tempfile.TemporaryDirectory(prefix="pi-bench-") as folder:

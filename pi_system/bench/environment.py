@@ -14,19 +14,14 @@ from typing import Any, Final
 
 from .. import __version__
 from ..backends.fss import kernels, ringconv
-from ..parties.placement import shares
 
 _PACKAGES: Final = ("torch", "numpy", "crypten", "cryptography")
 _VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _CPU_FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx512ifma", "aes", "vaes", "asimd")
 
 
-def describe(threads: int = 1) -> dict[str, Any]:
-    """JSON-able facts that a figure depends on.
-
-    Args:
-        threads: per party, for the processors that parties started here are kept to.
-    """
+def describe() -> dict[str, Any]:
+    """JSON-able facts that a figure depends on."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "pi_system": __version__,
@@ -36,7 +31,6 @@ def describe(threads: int = 1) -> dict[str, Any]:
         "kernels": {"gates": kernels.describe(), "convolutions": ringconv.features()},
         "cores": os.cpu_count() or 1,
         "cores_usable": _usable_cores(),
-        "processors": shares(threads),
         "memory_mb": _memory_mb(),
         "os": _os_name(),
         "kernel": f"{platform.system()} {platform.release()}",

@@ -85,7 +85,7 @@ def measure(plan: Measurement, *, progress: Callable[[str], None] = lambda text:
         UsageError: a model, backend or image that does not fit.
         PiError: a party failed.
     """
-    described = environment.describe(plan.threads)
+    described = environment.describe()
     expected = _plaintext(plan.graph, plan.images)
     timer = plan.plaintext()
     progress("plaintext, before")

@@ -26,7 +26,7 @@ LEVEL: Final = 0.01
 THRESHOLD: Final = 0.05
 _DEALS: Final = 20_000
 
-_MACHINE: Final = ("cpu", "cpu_flags", "cores", "cores_usable", "processors", "machine", "kernels")
+_MACHINE: Final = ("cpu", "cpu_flags", "cores", "cores_usable", "machine", "kernels")
 _MEASUREMENT: Final = (
     "model.sha256",
     "backend",

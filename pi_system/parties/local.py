@@ -34,7 +34,6 @@ from ..errors import (
 )
 from ..net.listen import Listener
 from .images import write_images
-from .placement import place
 from .process import thread_environment
 from .timeouts import Timeouts
 
@@ -240,7 +239,6 @@ class _Child:
             # Ctrl-C in a terminal reaches the launcher alone, which then ends its children.
             start_new_session=True,
         )
-        place(self.process.pid, role, threads)
         self._errors: list[str] = []
         assert self.process.stdout is not None and self.process.stderr is not None
         errors = threading.Thread(target=self._read_errors, args=(self.process.stderr,))

@@ -151,14 +151,14 @@ def test_one_process_that_fails_ends_the_others() -> None:
     }
     started = time.monotonic()
     with pytest.raises(PeerError, match=r"^it failed; its fails: the reason$"):
-        processes.run("it", commands, os.environ, 50, 1)
+        processes.run("it", commands, os.environ, 50)
     assert time.monotonic() - started < 20
     with pytest.raises(PeerTimeout, match=r"^it was not done within 0.5 s$"):
-        processes.run("it", {"waits": commands["waits"]}, os.environ, 0.5, 1)
+        processes.run("it", {"waits": commands["waits"]}, os.environ, 0.5)
     with pytest.raises(PeerError, match=r"^it failed; its silent: ended without a word$"):
-        processes.run("it", {"silent": [sys.executable, "-c", "exit(3)"]}, os.environ, 20, 1)
+        processes.run("it", {"silent": [sys.executable, "-c", "exit(3)"]}, os.environ, 20)
     with pytest.raises(PeerError, match=r"^it ended without a result$"):
-        processes.run("it", {"silent": [sys.executable, "-c", "pass"]}, os.environ, 20, 1)
+        processes.run("it", {"silent": [sys.executable, "-c", "pass"]}, os.environ, 20)
 
 
 @pytest.fixture

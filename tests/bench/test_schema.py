@@ -81,7 +81,7 @@ def assert_same_names(document: dict[str, Any], kind: Any) -> None:
 def test_the_environment_names_no_host_user_or_path() -> None:
     described = environment.describe()
     required = schema.json_schema()["properties"]["environment"]["required"]
-    assert set(described) == {*required, "kernels", "processors"}
+    assert set(described) == {*required, "kernels"}
     assert described["kernels"]["gates"] and described["kernels"]["convolutions"]
     text = json.dumps(described)
     for secret in (str(Path.home()), str(Path(__file__).resolve().parents[2]), "/tmp"):

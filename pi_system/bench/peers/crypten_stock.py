@@ -54,7 +54,6 @@ class CrypTenStock:
                 {role: [sys.executable, "-m", __name__, role, text] for role in ROLES},
                 {**os.environ, **thread_environment(run.threads), "GLOO_SOCKET_IFNAME": "lo"},
                 _START + _EACH * run.repeat,
-                run.threads,
             )
         return PeerReport.of(reports, CLIENT)
 

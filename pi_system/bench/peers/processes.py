@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any, Final
 
 from ...errors import PeerError, PeerTimeout
-from ...parties.placement import place
 
 _GRACE: Final = 5.0
 """Seconds for the other processes to fail too, and to say why."""
@@ -19,11 +18,7 @@ _POLL: Final = 0.1
 
 
 def run(
-    name: str,
-    commands: Mapping[str, Sequence[str]],
-    environment: Mapping[str, str],
-    seconds: float,
-    threads: int,
+    name: str, commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], seconds: float
 ) -> dict[str, Any]:
     """Run one process per role to its end.
 
@@ -31,7 +26,6 @@ def run(
         name: of the peer, for messages.
         commands: by role.
         seconds: for everything.
-        threads: of each, for their processors (:mod:`pi_system.parties.placement`).
 
     Returns:
         What each role printed last, a line of JSON.
@@ -55,7 +49,6 @@ def run(
                     env=dict(environment),
                     start_new_session=True,
                 )
-                place(children[role].pid, role, threads)
             failed = False
             while None in (codes := [child.poll() for child in children.values()]):
                 if not failed and any(codes):

@@ -81,7 +81,6 @@ class SecretFlow:
                 {role: [run.python, "-I", script, role, task] for role in ROLES},
                 environment(run.threads),
                 _START + _EACH * (run.warmup + run.repeat),
-                run.threads,
             )
         return PeerReport.of(reports, CLIENT)
 
