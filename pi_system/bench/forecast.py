@@ -8,6 +8,7 @@ operations. For the ``fss`` backend.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections import Counter
@@ -44,15 +45,18 @@ class Size:
     """What a model's compute depends on, for one inference of the whole batch.
 
     Attributes:
-        macs: multiplications of all linear layers.
+        products: multiplications of all linear layers, each counted once per 16-bit digit of
+            the layer's ring.
+        weights: of all linear layers, which come from memory for each batch.
         outputs: values that linear layers put out.
-        relus: kept.
+        gates: kept ReLUs, and the comparisons of max pools.
         steps: batches of gates.
     """
 
-    macs: float
+    products: float
+    weights: float
     outputs: float
-    relus: float
+    gates: float
     steps: float
 
 
@@ -61,18 +65,20 @@ class Compute:
     """Milliseconds of one phase: fixed, and of each unit of :class:`Size`."""
 
     fixed: float
-    macs: float
+    products: float
+    weights: float
     outputs: float
-    relus: float
+    gates: float
     steps: float
 
     def of(self, size: Size) -> float:
         """All of them together."""
         return (
             self.fixed
-            + self.macs * size.macs
+            + self.products * size.products
+            + self.weights * size.weights
             + self.outputs * size.outputs
-            + self.relus * size.relus
+            + self.gates * size.gates
             + self.steps * size.steps
         )
 
@@ -104,14 +110,15 @@ def public(graph: Graph, batch: int = 1, plan: str = "default") -> Public:
     return Public(graph, lowered, chosen, graph.sha256(), batch)
 
 
-def size(lowered: program.Program, batch: int = 1) -> Size:
-    """The size of a program."""
-    convs = [(op, _macs(op)) for op in lowered.convs]
+def size(known: Public) -> Size:
+    """The size of a model, with its batch."""
+    convs = [_conv(known, op) for op in known.lowered.convs]
     return Size(
-        macs=batch * sum(macs for _, macs in convs),
-        outputs=batch * sum(op.size for op, _ in convs),
-        relus=batch * sum(len(op.kept) for op in lowered.relus),
-        steps=lowered.round_trips - 1,
+        products=sum(conv.products for conv in convs),
+        weights=sum(conv.weights for conv in convs),
+        outputs=sum(conv.outputs for conv in convs),
+        gates=known.batch * sum(len(op.kept) for op in known.lowered.relus),
+        steps=known.lowered.round_trips - 1,
     )
 
 
@@ -138,9 +145,13 @@ def _size(message: Message) -> int:
     return HEADER.size + sum(packing.size(one.count, one.width) for one in message.fields)
 
 
-def _macs(op: Conv) -> int:
-    _, inputs, height, width = op.weight_shape
-    return op.size * inputs * height * width
+def _conv(known: Public, op: Conv) -> Size:
+    """The size of one linear layer. The fast convolutions, which most are, need two more bits."""
+    out, *kernel = op.weight_shape
+    each = math.prod(kernel)
+    digits = -(-(known.plan.convs[op.out].n + 2) // 16)
+    outputs = known.batch * op.size
+    return Size(outputs * each * digits, out * each, outputs, 0, 0)
 
 
 @dataclass
@@ -195,14 +206,14 @@ def _online(known: Public, compute: Compute, links: _Links, now: float) -> float
     image, logits = messages[0], messages[-1]
     now = links.send("client_to_server", _COMMAND + _size(image), now) + compute.fixed / 1e3
     for step in known.lowered.steps:
-        now += sum(_linear(op, known.batch, compute) for op in step.ops if isinstance(op, Conv))
+        now += sum(_linear(known, op, compute) for op in step.ops if isinstance(op, Conv))
         if not step.gates:
             continue
         layer = step.gates[0].out
         own = [one for one in messages if one.layer == layer and one.kind in _KINDS]
         opening, bits, closing = ([one for one in own if one.kind == kind] for kind in _KINDS)
-        relus = known.batch * sum(len(op.kept) for op in step.gates)
-        each = (compute.relus * relus + compute.steps) / 1e3 / max(len(bits), 1)
+        gates = known.batch * sum(len(op.kept) for op in step.gates)
+        each = (compute.gates * gates + compute.steps) / 1e3 / max(len(bits), 1)
         results = []
         for part, message in enumerate(bits):
             ahead = opening[part : part + 2] if part == 0 else opening[part + 1 : part + 2]
@@ -228,9 +239,9 @@ def _offline(known: Public, compute: Compute, links: _Links, now: float) -> floa
     request = _STEP["client_to_dealer"] + _size(asked[0])
     client, dealer = now, links.send("client_to_dealer", request, now)
     server = now
-    work = {op.out: _linear(op, known.batch, compute) for op in known.lowered.convs}
+    work = {op.out: _linear(known, op, compute) for op in known.lowered.convs}
     for op in known.lowered.relus:
-        work[op.out] = compute.relus * known.batch * len(op.kept) / 1e3
+        work[op.out] = compute.gates * known.batch * len(op.kept) / 1e3
     done: set[str] = set()
     for message in asked[1:]:
         if message.layer not in done:
@@ -248,5 +259,6 @@ def _offline(known: Public, compute: Compute, links: _Links, now: float) -> floa
     return links.send("server_to_client", _STEP["server_to_client"] // 2, ended)
 
 
-def _linear(op: Conv, batch: int, compute: Compute) -> float:
-    return batch * (compute.macs * _macs(op) + compute.outputs * op.size) / 1e3
+def _linear(known: Public, op: Conv, compute: Compute) -> float:
+    """Seconds."""
+    return (compute.of(_conv(known, op)) - compute.fixed) / 1e3

@@ -1,9 +1,9 @@
 """Latency and traffic of models that were not run, over networks that are not here.
 
 Bytes and round trips are exact (:mod:`.forecast`). Compute is fitted to measurements on loopback:
-the latency of each phase is taken to be linear, with no negative term, in multiplications, outputs
-of linear layers, ReLUs and batches of gates. How far off that is, measurements left out of the fit
-tell: each in turn, and whole architectures in turn.
+the latency of each phase is taken to be linear, with no negative term, in what
+:class:`.forecast.Size` counts. How far off that is, measurements left out of the fit tell: each in
+turn, and whole architectures in turn.
 
 All of it is about the least latency of a measurement, which is what an undisturbed machine takes:
 medians of the same model differ by a factor of two between runs on a busy machine, minima do not.
@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import models
-from ..backends.fss import program
 from ..backends.fss.public import Public
 from ..errors import PiError, UsageError
 from ..net.link import parse
@@ -232,37 +231,13 @@ _DIGITS: Final = 8
 
 
 def _size(run: Run) -> Size:
-    whole = _architecture(run)
-    return Size(
-        macs=whole.macs * run.batch,
-        outputs=whole.outputs * run.batch,
-        relus=float(run.relus * run.batch),
-        steps=run.round_trips - 1,
-    )
-
-
-def _architecture(run: Run) -> Size:
     try:
-        size, total = _size_of(run.model)
+        known = _public(run.model, "default")
     except PiError as error:
         raise UsageError(f"{run.file}: {run.model} is not at hand: {error}") from error
-    if total != run.relus_total:
+    if (known.graph.relu_kept, known.graph.relu_total) != (run.relus, run.relus_total):
         raise UsageError(f"{run.file}: {run.model} is another network here")
-    return size
-
-
-@cache
-def _size_of(model: str) -> tuple[Size, int]:
-    """Size of a model without regard to its masks: any budget will do."""
-    if model.startswith("random:"):
-        model = f"{model.partition('@')[0]}@0"
-    return _size_of_this(model)
-
-
-@cache
-def _size_of_this(model: str) -> tuple[Size, int]:
-    graph = models.resolve(model)
-    return forecast.size(program.build(graph)), graph.relu_total
+    return forecast.size(dataclasses.replace(known, batch=run.batch))
 
 
 @cache

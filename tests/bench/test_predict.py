@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from pi_system.errors import UsageError
 from pi_system.net.link import Link
 from pi_system.parties.local import LocalRun, run_local
 
-NOTHING = Compute(0.0, 0.0, 0.0, 0.0, 0.0)
-TRUTH = {"online": Compute(1.0, 1e-8, 5e-6, 3e-5, 0.1), "offline": Compute(9, 2e-8, 8e-6, 2e-4, 0)}
+NOTHING = Compute(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+TRUTH = {
+    "online": Compute(1.0, 5e-9, 4e-7, 5e-6, 3e-5, 0.1),
+    "offline": Compute(9, 1e-8, 8e-7, 8e-6, 2e-4, 0),
+}
 RUN: dict[str, Any] = json.loads(
     (
         Path(__file__).resolve().parents[2] / "benchmarks/results/fss-cifar100-test-default.json"
@@ -67,7 +71,7 @@ def test_over_a_network_nothing_else_uses_the_time_is_that_of_its_bytes_and_trip
 
 
 def test_on_loopback_the_time_is_the_compute(demo: forecast.Public) -> None:
-    size = forecast.size(demo.lowered)
+    size = forecast.size(demo)
     found = forecast.latency_ms(demo, TRUTH["online"], TRUTH["offline"], None)
     assert found[0] == pytest.approx(TRUTH["online"].of(size), rel=1e-9)
     assert found[1] == pytest.approx(TRUTH["offline"].of(size), rel=1e-9)
@@ -85,15 +89,34 @@ def test_more_bandwidth_and_less_delay_never_hurt(
         assert found[0] <= base[0] * (1 + 1e-9) and found[1] <= base[1] * (1 + 1e-9)
 
 
-def measured(model: str, relus: int, batch: int = 1, **changes: Any) -> Run:
+@pytest.mark.parametrize(("bits", "digits"), [(14, 1), (15, 2), (30, 2), (31, 3), (46, 3), (47, 4)])
+def test_a_product_is_counted_once_for_each_16_bit_digit(bits: int, digits: int) -> None:
+    known = forecast.public(models.resolve("random:resnet18w8@100"))
+    convs = {name: dataclasses.replace(conv, n=bits) for name, conv in known.plan.convs.items()}
+    known = dataclasses.replace(known, plan=dataclasses.replace(known.plan, convs=convs), batch=2)
+    found = forecast.size(known)
+    weights = {op.out: math.prod(op.weight_shape) for op in known.lowered.convs}
+    pixels = {op.out: math.prod(op.shape[1:]) for op in known.lowered.convs}
+    assert found.products == 2 * digits * sum(weights[name] * pixels[name] for name in weights)
+    assert found.weights == sum(weights.values())
+
+
+def test_the_comparisons_of_max_pools_are_gates() -> None:
+    known = forecast.public(models.resolve("random:vgg16w4@0"))
+    left = [math.prod(node.shape) for node in known.graph if node.op == "maxpool"]
+    # Of 2 x 2 values one is left after three comparisons.
+    assert left and forecast.size(known).gates == 3 * sum(left)
+
+
+def measured(model: str, batch: int = 1, **changes: Any) -> Run:
     """A run of the true cost."""
-    size, total = predict._size_of(model)
-    steps = 17
-    whole = forecast.Size(size.macs * batch, size.outputs * batch, relus * batch, steps)
+    known = dataclasses.replace(forecast.public(models.resolve(model)), batch=batch)
+    whole, graph = forecast.size(known), known.graph
     values: dict[str, Any] = {
         "file": "made.json", "model": model, "backend": "fss", "network": "loopback", "threads": 1,
-        "batch": batch, "relus": relus, "relus_total": total, "online": TRUTH["online"].of(whole),
-        "offline": TRUTH["offline"].of(whole), "round_trips": steps + 1.0,
+        "batch": batch, "relus": graph.relu_kept, "relus_total": graph.relu_total,
+        "online": TRUTH["online"].of(whole), "offline": TRUTH["offline"].of(whole),
+        "round_trips": whole.steps + 1.0,
     }  # fmt: skip
     values |= {f"{phase}_min": values[phase] for phase in predict.PHASES}
     other = {field.name: 0 for field in dataclasses.fields(Run) if field.name not in values}
@@ -102,19 +125,20 @@ def measured(model: str, relus: int, batch: int = 1, **changes: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def runs() -> list[Run]:
-    relus = (1000, 5000, 20000, 60000, 139264)
-    found = [measured(f"random:resnet18w16@{n}", n) for n in relus]
-    found += [measured("random:resnet18w8@5000", 5000), measured("random:resnet10w16@9", 9)]
-    return [*found, measured("random:resnet18w16@20000", 20000, batch=4)]
+    found = [measured(f"random:resnet18w16@{n}") for n in ("1000", "5000", "20000", "60000", "all")]
+    found += [measured(f"random:resnet18w8@{n}") for n in (5000, "all")]
+    found += [measured(f"random:resnet10w16@{n}") for n in (9, 20000)]
+    found += [measured("random:resnet18w16@20000", batch=n) for n in (2, 4)]
+    return [*found, measured("random:resnet10w16@20000", batch=3)]
 
 
 def test_a_linear_cost_is_found_again_and_left_out_rows_are_predicted(runs: list[Run]) -> None:
     fitted = predict.fit(runs)
-    assert fitted.rows == 8 and len(fitted.architectures) == 3
+    assert fitted.rows == 12 and len(fitted.architectures) == 3
     for phase in predict.PHASES:
         assert fitted.left_out[phase].largest < 0.1
         assert fitted.left_out[phase].median < 0.02
-        assert fitted.unseen[phase].predictions == 8
+        assert fitted.unseen[phase].predictions == 12
         assert min(dataclasses.astuple(fitted.compute[phase])) >= 0
 
 
