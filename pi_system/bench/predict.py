@@ -108,12 +108,16 @@ class Check:
     exact: bool
 
 
-def fit(runs: Sequence[Run]) -> Fit:
+def fit(
+    runs: Sequence[Run],
+    *,
+    progress: Callable[[str, int, int], None] = lambda text, done, total: None,
+) -> Fit:
     """Fit compute to measurements.
 
     Args:
-        runs: of backend fss on loopback, all with one number of threads. Their architectures must
-            be at hand.
+        runs: of backend fss on loopback, all with one number of threads. Their models must be at
+            hand.
 
     Raises:
         UsageError: they do not allow a fit.
@@ -121,7 +125,10 @@ def fit(runs: Sequence[Run]) -> Fit:
     threads = {run.threads for run in runs}
     if len(threads) > 1:
         raise UsageError(f"fit results of one number of threads; these are of {sorted(threads)}")
-    sizes = [_size(run) for run in runs]
+    sizes = []
+    for number, run in enumerate(runs):
+        progress(f"size of {run.model}", number, len(runs))
+        sizes.append(_size(run))
     if len({(run.architecture, run.relus, run.batch) for run in runs}) < _LEAST:
         raise UsageError(
             f"a fit needs {_LEAST} different measurements or more of backend {BACKEND} on "

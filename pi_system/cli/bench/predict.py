@@ -76,7 +76,8 @@ def predict(
     if len(used) < len(runs):
         rest = "rows of other backends or networks, or without ReLUs"
         click.echo(f"{len(runs) - len(used)} {rest}, not fitted", err=True)
-    fitted = predicting.fit(used)
+    with Progress() as progress:
+        fitted = predicting.fit(used, progress=progress)
     if len(fitted.architectures) == 1:
         click.echo(
             f"fitted to {fitted.architectures[0]} alone: other networks are a guess", err=True
