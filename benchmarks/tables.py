@@ -511,10 +511,11 @@ def aware_rows(students: Sequence[Mapping[str, Any]], folder: Path) -> list[Row]
 
 
 def markdown(columns: Row, rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
-    """A Markdown table, and notes below it."""
+    """A Markdown table, and notes below it; one that comes again stands once, the last time."""
+    once = list(dict.fromkeys(reversed(notes)))[::-1]
     lines = [columns, tuple("---" for _ in columns), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n".join([table, *(["", *notes] if notes else [])])
+    return "\n".join([table, *(["", *once] if once else [])])
 
 
 def _milliseconds(latency: Mapping[str, float]) -> str:

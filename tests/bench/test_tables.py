@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +171,40 @@ def test_network_aware_budgets_beside_their_prediction(
         "SENet", "1,000", "1", "wan", f"{3 + 80 + 1e3 * seconds:.1f}", "95.0 (95.0)",
         f"{95 / (83 + 1e3 * seconds):.3f}", "55.00 (50.00, 60.00)",
     ]  # fmt: skip
+
+
+def test_the_pages_show_what_the_result_files_have() -> None:
+    """Every table of README.md and benchmarks/README.md, to the letter."""
+    command = [sys.executable, str(BENCHMARKS / "pages.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in (BENCHMARKS.parent / "README.md", BENCHMARKS / "README.md"):
+        assert "<!-- table: compare" in page.read_text()
+
+
+def test_a_page_that_differs_is_found_and_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pages = importlib.import_module("pages")
+    held = (
+        "before\n<!-- table: published benchmarks/published.json -->\nold\n<!-- end of table -->\n"
+    )
+    found = pages.rendered(held)
+    assert found.startswith("before\n<!-- table:") and found.endswith("<!-- end of table -->\n")
+    assert "old" not in found.split() and "| Delphi |" in found
+    assert pages.rendered(found) == found
+    (tmp_path / "page.md").write_text(held)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "PAGES", (tmp_path / "page.md",))
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
+    with pytest.raises(SystemExit, match="no result file for the table: published"):
+        pages.main()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "published.json").write_text('{"published": [], "ours": []}')
+    with pytest.raises(SystemExit, match=r"not as the result files are: page.md"):
+        pages.main()
+    assert (tmp_path / "page.md").read_text() == held
+    monkeypatch.setattr(sys, "argv", ["pages.py"])
+    pages.main()
+    assert (tmp_path / "page.md").read_text() != held
