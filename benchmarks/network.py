@@ -4,7 +4,7 @@ The same private inference runs over both in turns, client on one end, server an
 other, TLS on all links; rows that the output has are not measured again. Below a millisecond all
 parties share the processors that the line's carrier leaves (``pingpong.py``). Needs root.
 
-python benchmarks/network.py --output benchmarks/results/network.json
+python benchmarks/network.py --congestion-control reno --output benchmarks/results/network.json
 python benchmarks/tables.py network benchmarks/results/network.json
 """
 

@@ -1,7 +1,7 @@
 """Round trips of single messages over the emulated network and over the kernel's TCP, without any
 inference: a message of each size, answered by one byte. Needs root.
 
-python benchmarks/pingpong.py --output benchmarks/results/pingpong.json
+python benchmarks/pingpong.py --congestion-control reno --output benchmarks/results/pingpong.json
 python benchmarks/tables.py pingpong benchmarks/results/pingpong.json
 """
 
@@ -34,6 +34,12 @@ SHORT_MS = 1.0
 CALIBRATIONS = 2
 FILL_SECONDS = 0.5
 """Of messages before those that count, so that TCP knows the line."""
+
+KEEPS_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 26),
+}
+"""Has the C library keep what a message took, or each of 1 MB waits a millisecond for new pages."""
 
 End = tuple[list[str], str]
 """What a command at one end begins with, and its address."""
@@ -85,12 +91,15 @@ def round_trips(
         network: emulated by the two processes; loopback where the line is real.
     """
     (near, _), (far, address) = between
+    kept = {**os.environ, **KEEPS_MEMORY}
     role = [sys.executable, __file__, "--network", network, "--address", address]
-    with subprocess.Popen([*far, *role, "--answer"], stdout=subprocess.PIPE, text=True) as peer:
+    with subprocess.Popen(
+        [*far, *role, "--answer"], env=kept, stdout=subprocess.PIPE, text=True
+    ) as peer:
         assert peer.stdout is not None
         port = peer.stdout.readline().strip()
         asked = ["--port", port, "--count", str(count), "--sizes", *map(str, sizes)]
-        done = subprocess.run([*near, *role, *asked], stdout=subprocess.PIPE, check=True)
+        done = subprocess.run([*near, *role, *asked], env=kept, stdout=subprocess.PIPE, check=True)
     found: list[float] = json.loads(done.stdout)
     return found
 
