@@ -139,6 +139,7 @@ def _session(
         server = serve("server", "--model", str(folder / "model"), "--dealer", dealer)
         client = _party("client", "--server", server, "--dealer", dealer)
         client += ["--images", str(folder / "images.npy"), "--format", "json", *counts, *options]
+        client += ["--ahead", "0"]  # nobody is to compute or send while another is timed
         done = subprocess.run([*near, *client], stdout=subprocess.PIPE, check=True, **settings)  # type: ignore[call-overload]
     report: dict[str, Any] = json.loads(done.stdout)
     return report
