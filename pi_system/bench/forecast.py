@@ -242,6 +242,9 @@ def _offline(known: Public, compute: Compute, links: _Links, now: float) -> floa
     work = {op.out: _linear(known, op, compute) for op in known.lowered.convs}
     for op in known.lowered.relus:
         work[op.out] = compute.gates * known.batch * len(op.kept) / 1e3
+    for step in known.lowered.steps:
+        if step.gates:
+            work[step.gates[0].out] += compute.steps / 1e3
     done: set[str] = set()
     for message in asked[1:]:
         if message.layer not in done:

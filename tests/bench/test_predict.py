@@ -26,7 +26,7 @@ from pi_system.parties.local import LocalRun, run_local
 NOTHING = Compute(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 TRUTH = {
     "online": Compute(1.0, 5e-9, 4e-7, 5e-6, 3e-5, 0.1),
-    "offline": Compute(9, 1e-8, 8e-7, 8e-6, 2e-4, 0),
+    "offline": Compute(9, 1e-8, 8e-7, 8e-6, 2e-4, 0.7),
 }
 RUN: dict[str, Any] = json.loads(
     (
