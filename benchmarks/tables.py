@@ -9,6 +9,7 @@ python benchmarks/tables.py published benchmarks/published.json
 python benchmarks/tables.py network benchmarks/results/network.json
 python benchmarks/tables.py pingpong benchmarks/results/pingpong.json
 python benchmarks/tables.py predict benchmarks/results/predict.json
+python benchmarks/tables.py spu benchmarks/results/spu-network.json
 python benchmarks/tables.py aware benchmarks/results/senet-network/*.json \\
     benchmarks/results/senet/senet-7000-*.json
 """
@@ -26,7 +27,7 @@ import numpy as np
 
 from pi_system.bench import cost
 from pi_system.bench.sheet import Sheet
-from pi_system.bench.table import significant
+from pi_system.bench.table import over_rounds, significant
 from pi_system.net import link as links
 
 Row = tuple[str, ...]
@@ -62,6 +63,7 @@ NETWORK = (
     "emulated: online ms, median (min)",
     "emulated / kernel",
 )
+SPU = ("peer", "model", "ReLUs", "network", "ms, median (min)", "MB", "agreement")
 PINGPONG = (
     "network",
     "message, bytes",
@@ -145,6 +147,7 @@ TABLES = (
     "predict",
     "published",
     "aware",
+    "spu",
 )
 WORK = ("linear", "gates", "local", "wait")
 PARTIES = ("client", "server")
@@ -244,7 +247,7 @@ def compare_notes(comparison: Mapping[str, Any]) -> list[str]:
             note = (
                 f"- {comparison['model']['name']}, {above} over {below}: "
                 f"{significant(latency['median'])} times the online latency "
-                f"({_range(latency)} in {rounds} rounds)"
+                f"({over_rounds(latency['min'], latency['max'], rounds)})"
             )
             if ratio["online_bytes"] is not None:
                 note += f", {significant(ratio['online_bytes'])} times the online bytes"
@@ -423,6 +426,20 @@ def network_row(row: Mapping[str, Any]) -> Row:
     )
 
 
+def spu_row(row: Mapping[str, Any]) -> Row:
+    """The cells of one row of ``spu_network.py``."""
+    model, accuracy = row["model"], row["accuracy"]
+    return (
+        NAMES[row["peer"]],
+        model["name"],
+        f"{model['relu_kept']:,}",
+        row["network"],
+        f"{_milliseconds(row['latency_ms'])} {WHOLE}",
+        f"{row['interface_bytes'] / 1e6:,.2f} {WHOLE}",
+        _agreement(accuracy),
+    )
+
+
 def pingpong_row(row: Mapping[str, Any]) -> Row:
     """The cells of one row of ``pingpong.py``."""
     link, kernel, emulated = (row[f"{path}_ms"] for path in ("expected", "kernel", "emulated"))
@@ -561,6 +578,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
         return markdown(PUBLISHED, [row for d, p in pairs for row in published_rows(d, p.parent)])
     if given.table == "network":
         return markdown(NETWORK, [network_row(row) for d in documents for row in d["rows"]])
+    if given.table == "spu":
+        return markdown(SPU, [spu_row(row) for d in documents for row in d["rows"]])
     if given.table == "pingpong":
         return markdown(PINGPONG, [pingpong_row(row) for d in documents for row in d["rows"]])
     if given.table == "predict":

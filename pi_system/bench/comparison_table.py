@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .schema import Comparison, Contender, Latency, Ratio
-from .table import print_work, significant, size, stated
+from .table import over_rounds, print_work, significant, size, stated
 
 WHOLE: Final = "*"
 """Marks the figures of peers, whose phases cannot be told apart."""
@@ -80,7 +80,7 @@ def _sentence(ratio: Ratio, rounds: int) -> str:
     offline = None if ratio.offline_latency is None else ratio.offline_latency.median
     text = (
         f"{ratio.contender} / {ratio.over}: {significant(latency.median)} x online latency "
-        f"({significant(latency.min)} to {significant(latency.max)} in {rounds} rounds)"
+        f"({over_rounds(latency.min, latency.max, rounds)})"
     )
     for factor, what in (
         (ratio.online_bytes, "online bytes"),

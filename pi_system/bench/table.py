@@ -137,6 +137,13 @@ def _print_predictions(console: Console, result: Result) -> None:
     console.print(table)
 
 
+def over_rounds(least: float, most: float, rounds: int) -> str:
+    """Of a ratio, for people: how far it went, and in how many rounds."""
+    if rounds == 1:
+        return "in one round"
+    return f"{significant(least)} to {significant(most)} in {rounds} rounds"
+
+
 def significant(value: float) -> str:
     """Three digits, without an exponent: 0.94, 22.3, 10,900."""
     text = f"{value:.3g}"

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from pi_system.bench import peers
 from pi_system.bench.compare import Plan, compare
 from pi_system.bench.peers import processes
 from pi_system.bench.peers.secretflow import VARIABLE, write_model
-from pi_system.bench.peers.secretflow_party import forward
+from pi_system.bench.peers.secretflow_party import forward, interface_bytes
 from pi_system.bench.schema import json_schema
 from pi_system.errors import PeerError, PeerTimeout
 from pi_system.graph.execute import run as run_plaintext
@@ -142,6 +143,32 @@ def test_a_python_without_the_peer_is_named(python: str, why: str, toy_model: Pa
     )
     with pytest.raises(PeerError, match=why):
         peers.get("spu-cheetah").run(run)
+
+
+def test_a_party_is_started_where_it_is_to_run(toy_model: Path) -> None:
+    run = peers.PeerRun(
+        toy_model, np.zeros((1, 3, 8, 8), np.float32), 1, 1, 0, threads=1, python=sys.executable,
+        places={"client": peers.Place(("/nowhere/enter", "there"))},
+    )  # fmt: skip
+    with pytest.raises(PeerError, match=r"cannot be started: .*/nowhere/enter"):
+        peers.get("spu-semi2k").run(run)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_bytes_of_an_interface_are_those_it_carried() -> None:
+    before = interface_bytes("lo")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as sender,
+    ):
+        sender.sendall(bytes(50_000))
+        left = 50_000
+        with listener.accept()[0] as receiver:
+            while left:
+                left -= len(receiver.recv(left))
+    after = interface_bytes("lo")
+    assert before is not None and after is not None and after - before >= 50_000
+    assert interface_bytes("no such") is None
 
 
 def test_one_process_that_fails_ends_the_others() -> None:

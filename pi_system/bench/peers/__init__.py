@@ -8,12 +8,27 @@ inference, from holding the image to holding the logits, and what the loopback i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a party of a peer runs.
+
+    Attributes:
+        command: what its own command line goes behind, such as ``ip netns exec NAME``.
+        address: its end's IPv4 address.
+        interface: whose bytes are counted there.
+    """
+
+    command: tuple[str, ...] = ()
+    address: str = "127.0.0.1"
+    interface: str = "lo"
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class PeerRun:
         warmup: inferences before these that do not count.
         threads: of each party.
         python: of the environment of SecretFlow SPU, if there is one.
+        places: of SecretFlow SPU's parties, by role; this machine's loopback for any left out.
     """
 
     model: Path
@@ -36,6 +52,7 @@ class PeerRun:
     warmup: int
     threads: int
     python: str | None = None
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,8 +62,8 @@ class PeerReport:
     Attributes:
         setup_seconds: from starting the processes to the first inference.
         seconds: of each inference.
-        interface_bytes: what the loopback interface carried per inference, headers and other
-            programs' traffic included; None where the system does not tell.
+        interface_bytes: what the interface carried per inference, headers and other programs'
+            traffic included; None where the system does not tell.
         inferences: their ``images`` (indices) and ``logits``, as a client reports them.
         peak_memory: bytes, by role.
         settings: its version and how it was set, as it says itself.

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...parties.process import peak_memory, thread_environment
 from . import PeerReport, PeerRun, processes
-from .secretflow_party import loopback_bytes
+from .secretflow_party import interface_bytes
 
 SERVER, CLIENT, DEALER = ROLES = ("server", "client", "dealer")
 _START: Final = 120.0
@@ -93,7 +93,7 @@ def _party(role: str, arguments: dict[str, Any]) -> dict[str, Any]:
         held = torch.from_numpy(images[chosen])
         crypten.comm.get().barrier()
         if number == 0:
-            before = loopback_bytes()
+            before = interface_bytes()
         started = time.perf_counter()
         with crypten.no_grad():
             shares = crypten.cryptensor(held if role == CLIENT else torch.zeros_like(held), src=1)
@@ -103,7 +103,7 @@ def _party(role: str, arguments: dict[str, Any]) -> dict[str, Any]:
             seconds.append(taken)
             inferences.append({"images": chosen, "logits": logits.tolist()})
     crypten.comm.get().barrier()
-    after = loopback_bytes()
+    after = interface_bytes()
     if before is not None and after is not None:
         carried = (after - before) / arguments["repeat"]
     if role == CLIENT:

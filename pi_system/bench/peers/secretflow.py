@@ -27,7 +27,7 @@ from ...errors import UsageError
 from ...graph import serialize
 from ...graph.ir import Graph
 from ...parties.process import thread_environment
-from . import PeerReport, PeerRun, processes
+from . import PeerReport, PeerRun, Place, processes
 from .secretflow_party import CLIENT, ROLES, SERVER
 
 VARIABLE: Final = "PI_SPU_PYTHON"
@@ -55,6 +55,7 @@ class SecretFlow:
                 f"or {VARIABLE} (benchmarks/README.md, Peers)"
             )
         graph = serialize.load(run.model)
+        places = {role: run.places.get(role, Place()) for role in ROLES}
         with tempfile.TemporaryDirectory(prefix="pi-bench-peer-") as folder:
             base = Path(folder)
             np.save(base / "images.npy", run.images, allow_pickle=False)
@@ -66,7 +67,11 @@ class SecretFlow:
                     "fraction_bits": FRACTION_BITS,
                     "model": {role: str(base / role) for role in ROLES},
                     "images": str(base / "images.npy"),
-                    "ports": _free_ports(),
+                    "addresses": [
+                        f"{places[role].address}:{port}"
+                        for role, port in zip(ROLES, _free_ports(), strict=True)
+                    ],
+                    "interface": places[CLIENT].interface,
                     "batch": run.batch,
                     "repeat": run.repeat,
                     "warmup": run.warmup,
@@ -78,7 +83,10 @@ class SecretFlow:
             script = str(Path(__file__).with_name("secretflow_party.py"))
             reports = processes.run(
                 f"SecretFlow SPU ({self.protocol})",
-                {role: [run.python, "-I", script, role, task] for role in ROLES},
+                {
+                    role: [*places[role].command, run.python, "-I", script, role, task]
+                    for role in ROLES
+                },
                 environment(run.threads),
                 _START + _EACH * (run.warmup + run.repeat),
             )

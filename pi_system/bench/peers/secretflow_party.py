@@ -116,8 +116,9 @@ def run(role: str, task: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         task: ``protocol`` and ``fraction_bits``; ``model``, by role the folder of ``graph.json``
-            and ``tensors.npz``; ``images``, a file for the client; ``ports`` of both on the
-            loopback interface; ``batch``, ``repeat``, ``warmup``, ``threads``; ``started``, a time.
+            and ``tensors.npz``; ``images``, a file for the client; ``addresses`` of both,
+            HOST:PORT, and the ``interface`` whose bytes count; ``batch``, ``repeat``, ``warmup``,
+            ``threads``; ``started``, a time.
 
     Returns:
         The role's report; the client's has everything.
@@ -175,7 +176,7 @@ def run(role: str, task: Mapping[str, Any]) -> dict[str, Any]:
     for number in range(-task["warmup"], task["repeat"]):
         link.barrier()
         if number == 0:
-            before = loopback_bytes()
+            before = interface_bytes(task["interface"])
         started = time.perf_counter()
         chosen, held = [], None
         if images is not None:
@@ -193,7 +194,7 @@ def run(role: str, task: Mapping[str, Any]) -> dict[str, Any]:
             seconds.append(taken)
             inferences.append({"images": chosen, "logits": np.asarray(logits).tolist()})
     link.barrier()
-    after = loopback_bytes()
+    after = interface_bytes(task["interface"])
     if before is not None and after is not None:
         carried = (after - before) / task["repeat"]
     return {
@@ -210,8 +211,8 @@ def _connect(libspu: Any, rank: int, task: Mapping[str, Any]) -> tuple[Any, Any]
     """SPU's own link and the configuration of its runtime."""
     ends = libspu.link.Desc()
     ends.recv_timeout_ms = ends.http_timeout_ms = 1000 * task["timeout"]
-    for role, port in zip(ROLES, task["ports"], strict=True):
-        ends.add_party(role, f"127.0.0.1:{port}")
+    for role, address in zip(ROLES, task["addresses"], strict=True):
+        ends.add_party(role, address)
     protocol = getattr(libspu.ProtocolKind, task["protocol"])
     config = libspu.RuntimeConfig(protocol, libspu.FieldType.FM64, task["fraction_bits"])
     config.max_concurrency = task["threads"]
@@ -245,15 +246,18 @@ def _receive(libspu: Any, link: Any, source: int) -> Any:
     return share
 
 
-def loopback_bytes() -> int | None:
-    """What the loopback interface has carried since the system started."""
+def interface_bytes(interface: str = "lo") -> int | None:
+    """What a network interface has carried since the system started, in both directions."""
     try:
         with open("/proc/net/dev") as file:
             lines = [line.partition(":") for line in file]
     except OSError:
         return None
-    counters = [rest.split() for name, _, rest in lines if name.strip() == "lo"]
-    return int(counters[0][0]) if counters else None
+    counters = [rest.split() for name, _, rest in lines if name.strip() == interface]
+    if not counters:
+        return None
+    received, sent = int(counters[0][0]), int(counters[0][8])
+    return received if interface == "lo" else received + sent
 
 
 def peak_memory() -> int:
