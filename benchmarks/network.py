@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pingpong import NETWORKS, Ends, ends
+from pingpong import NETWORKS, Ends, ends, write
 
 from pi_system import models
 from pi_system.bench import environment
 from pi_system.bench.schema import Latency
-from pi_system.files import write_atomic
 from pi_system.graph import serialize
 from pi_system.net.link import parse
 from pi_system.parties.process import thread_environment
@@ -81,8 +80,7 @@ def main() -> None:
                         **measured,
                     }
                 )
-                document = {"schema_version": 1, "environment": described, "rows": rows}
-                write_atomic(given.output, (json.dumps(document, indent=1) + "\n").encode())
+                write(given.output, described, rows)
 
 
 def _row(folder: Path, backend: str, network: str, given: argparse.Namespace) -> dict[str, Any]:

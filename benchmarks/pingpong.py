@@ -110,6 +110,12 @@ def expected(link: Link, size: int) -> float:
     return link.rtt_ms + 8 * (size + packets * HEADERS + 1 + HEADERS) / (link.mbps * 1e3)
 
 
+def write(output: Path, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write what was measured so far."""
+    document = {"schema_version": 1, "environment": described, "rows": rows}
+    write_atomic(output, (json.dumps(document, indent=1) + "\n").encode())
+
+
 def _answer(address: str, link: Link | None) -> None:
     with socket.create_server((address, 0)) as listener:
         print(listener.getsockname()[1], flush=True)

@@ -14,19 +14,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pingpong import ends
+from pingpong import ends, write
+from wire import DEVICE
 
 from pi_system import models
 from pi_system.bench import environment, peers
+from pi_system.bench.observation import describe_model
 from pi_system.bench.parity import accuracy
 from pi_system.bench.peers.secretflow import VARIABLE
+from pi_system.bench.peers.secretflow_party import CLIENT, SERVER
 from pi_system.bench.schema import Latency
-from pi_system.files import write_atomic
 from pi_system.graph import serialize
 from pi_system.graph.execute import run as run_plaintext
 from pi_system.net.link import parse
@@ -34,7 +34,6 @@ from pi_system.net.link import parse
 NETWORKS = ("40:100", "80:20")
 MODELS = ("demo", "random:resnet18@49600", "random:resnet18@all")
 PEER = "spu-semi2k"
-DEVICE = "wide0"
 
 
 def main() -> None:
@@ -51,60 +50,48 @@ def main() -> None:
     rows = json.loads(given.output.read_text())["rows"] if given.output.exists() else []
     done = {(row["model"]["name"], row["network"]) for row in rows}
     described = environment.describe()
-    for row in _rows(done, given):
-        rows.append(row)
-        document = {"schema_version": 1, "environment": described, "rows": rows}
-        write_atomic(given.output, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def _rows(done: set[tuple[str, str]], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is missing, slow networks and large models last."""
     for name in MODELS:
-        graph = models.resolve(name)
-        images, labels = models.images(graph, max(1, given.repeat))
-        expected = run_plaintext(graph, images)
         for network in NETWORKS:
-            if (name, network) in done:
-                continue
-            print(f"{PEER}: {name} over {network}", file=sys.stderr, flush=True)
-            link = parse(network)
-            assert link is not None
-            with (
-                tempfile.TemporaryDirectory(prefix="pi-spu-") as folder,
-                ends(link, kernel=True, congestion_control=given.congestion_control) as between,
-            ):
-                serialize.save(Path(folder) / "model", graph)
-                report = peers.get(PEER).run(
-                    peers.PeerRun(
-                        Path(folder) / "model",
-                        np.asarray(images, np.float32),
-                        batch=1,
-                        repeat=given.repeat,
-                        warmup=given.warmup,
-                        threads=1,
-                        python=given.spu_python,
-                        places={
-                            role: peers.Place(tuple(command), address, DEVICE)
-                            for role, (command, address) in zip(
-                                ("client", "server"), between, strict=True
-                            )
-                        },
-                    )
-                )
-            yield {
-                "peer": PEER,
-                "model": {
-                    "name": name,
-                    "relu_kept": graph.relu_kept,
-                    "relu_total": graph.relu_total,
-                },
-                "network": network,
-                "congestion_control": given.congestion_control,
-                "latency_ms": vars(Latency.of(report.seconds)),
-                "interface_bytes": report.interface_bytes,
-                "accuracy": vars(accuracy(report.inferences, expected, labels, {})),
-                "settings": report.settings,
-            }
+            if (name, network) not in done:
+                print(f"{PEER}: {name} over {network}", file=sys.stderr, flush=True)
+                rows.append(_row(name, network, given))
+                write(given.output, described, rows)
+
+
+def _row(name: str, network: str, given: argparse.Namespace) -> dict[str, Any]:
+    graph = models.resolve(name)
+    images, labels = models.images(graph, given.repeat)
+    link = parse(network)
+    assert link is not None
+    with (
+        tempfile.TemporaryDirectory(prefix="pi-spu-") as folder,
+        ends(link, kernel=True, congestion_control=given.congestion_control) as (near, far),
+    ):
+        serialize.save(Path(folder) / "model", graph)
+        run = peers.PeerRun(
+            Path(folder) / "model",
+            images,
+            batch=1,
+            repeat=given.repeat,
+            warmup=given.warmup,
+            threads=1,
+            python=given.spu_python,
+            places={
+                CLIENT: peers.Place(tuple(near[0]), near[1], DEVICE),
+                SERVER: peers.Place(tuple(far[0]), far[1], DEVICE),
+            },
+        )
+        report = peers.get(PEER).run(run)
+    return {
+        "peer": PEER,
+        "model": vars(describe_model(graph)),
+        "network": network,
+        "congestion_control": given.congestion_control,
+        "latency_ms": vars(Latency.of(report.seconds)),
+        "interface_bytes": report.interface_bytes,
+        "accuracy": vars(accuracy(report.inferences, run_plaintext(graph, images), labels)),
+        "settings": report.settings,
+    }
 
 
 if __name__ == "__main__":

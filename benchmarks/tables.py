@@ -27,7 +27,7 @@ import numpy as np
 
 from pi_system.bench import cost
 from pi_system.bench.sheet import Sheet
-from pi_system.bench.table import over_rounds, significant
+from pi_system.bench.table import over_rounds, significant, span
 from pi_system.net import link as links
 
 Row = tuple[str, ...]
@@ -172,10 +172,6 @@ PARTIES_OF = {
 }
 
 
-def _range(ratio: Mapping[str, float]) -> str:
-    return f"{significant(ratio['min'])} to {significant(ratio['max'])}"
-
-
 def run_row(result: Mapping[str, Any]) -> Row:
     """The cells of one result of ``pi-bench run``."""
     online, offline, accuracy = result["online"], result["offline"], result["accuracy"]
@@ -216,7 +212,7 @@ def compare_rows(comparison: Mapping[str, Any]) -> list[Row]:
             NAMES.get(one["name"], one["name"]),
             f"{one['model']['relu_kept']:,}",
             _milliseconds((whole or online)["latency_ms"]) + (f" {WHOLE}" if whole else ""),
-            f"{significant(ratio['median'])} ({_range(ratio)})",
+            f"{significant(ratio['median'])} ({span(ratio['min'], ratio['max'])})",
         )
         if whole:
             carried = whole["interface_bytes"]
@@ -452,6 +448,14 @@ def pingpong_row(row: Mapping[str, Any]) -> Row:
     )
 
 
+BY_ROW: Mapping[str, tuple[Row, Callable[[Mapping[str, Any]], Row]]] = {
+    "network": (NETWORK, network_row),
+    "pingpong": (PINGPONG, pingpong_row),
+    "spu": (SPU, spu_row),
+}
+"""Tables with one line for each of a file's rows."""
+
+
 def predict_rows(document: Mapping[str, Any]) -> list[Row]:
     """Every check of one result of ``pi-bench predict``."""
     rows = []
@@ -576,12 +580,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     if given.table == "published":
         pairs = zip(documents, given.files, strict=True)
         return markdown(PUBLISHED, [row for d, p in pairs for row in published_rows(d, p.parent)])
-    if given.table == "network":
-        return markdown(NETWORK, [network_row(row) for d in documents for row in d["rows"]])
-    if given.table == "spu":
-        return markdown(SPU, [spu_row(row) for d in documents for row in d["rows"]])
-    if given.table == "pingpong":
-        return markdown(PINGPONG, [pingpong_row(row) for d in documents for row in d["rows"]])
+    if given.table in BY_ROW:
+        columns, of_row = BY_ROW[given.table]
+        return markdown(columns, [of_row(row) for d in documents for row in d["rows"]])
     if given.table == "predict":
         return markdown(
             PREDICT,

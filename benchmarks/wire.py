@@ -5,10 +5,10 @@ device to the other with a rate, a constant delay and a queue that drops what do
 root. Real-time priority (``chrt -f 50``) keeps the delay exact on a busy machine; a delay below a
 millisecond needs a carrier that does not sleep, on a processor of its own.
 
-One packet at a time this process carries less than 1 Gbit/s. On a line of a high rate the kernel
-therefore hands it TCP's packets before they are cut (``struct virtio_net_hdr``, TSO): up to
-:data:`BURST_SECONDS` of the line as one, which is counted as the packets that it stands for and
-arrives with the last of them.
+One packet at a time this process carries little more than 1 Gbit/s, and not on time. On a line of
+a high rate the kernel therefore hands it TCP's packets before they are cut (``struct
+virtio_net_hdr``, TSO): up to :data:`BURST_SECONDS` of the line as one, which is counted as the
+packets that it stands for and arrives with the last of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 MTU: Final = 1500
+DEVICE: Final = "wide0"
+"""The line's device in each namespace."""
 _NEW_NETWORK: Final = 0x40000000
 _ATTACH: Final = 0x400454CA
 _SET_OFFLOAD: Final = 0x400454D0
@@ -126,15 +128,15 @@ def _device(namespace: str, address: str, mbps: float) -> int:
         raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
     os.close(handle)
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(device, _ATTACH, struct.pack("16sH22x", b"wide0", _TUN))
+    fcntl.ioctl(device, _ATTACH, struct.pack("16sH22x", DEVICE.encode(), _TUN))
     burst = min(_MOST, int(BURST_SECONDS * mbps * 1e6 / 8))
     limit: list[str] = []
     if burst > 2 * MTU:
         fcntl.ioctl(device, _SET_OFFLOAD, _CHECKSUM_AND_TSO)
         limit = ["gso_max_size", str(burst)]
     for command in (
-        ["addr", "add", address, "dev", "wide0"],
-        ["link", "set", "wide0", "mtu", str(MTU), "txqueuelen", "2000", *limit, "up"],
+        ["addr", "add", address, "dev", DEVICE],
+        ["link", "set", DEVICE, "mtu", str(MTU), "txqueuelen", "2000", *limit, "up"],
         ["link", "set", "lo", "up"],
     ):
         subprocess.run(["ip", *command], check=True)
@@ -176,7 +178,7 @@ def wire(
             raise RuntimeError("the line between the namespaces could not be made")
         if congestion_control:
             for name, address in zip(names, addresses, strict=True):
-                route = ["10.213.7.0/24", "dev", "wide0", "src", address, "scope", "link"]
+                route = ["10.213.7.0/24", "dev", DEVICE, "src", address, "scope", "link"]
                 route += ["proto", "kernel", "congctl", congestion_control]
                 subprocess.run(["ip", "-n", name, "route", "replace", *route], check=True)
         yield (names[0], addresses[0]), (names[1], addresses[1])

@@ -139,9 +139,12 @@ def _print_predictions(console: Console, result: Result) -> None:
 
 def over_rounds(least: float, most: float, rounds: int) -> str:
     """Of a ratio, for people: how far it went, and in how many rounds."""
-    if rounds == 1:
-        return "in one round"
-    return f"{significant(least)} to {significant(most)} in {rounds} rounds"
+    return "in one round" if rounds == 1 else f"{span(least, most)} in {rounds} rounds"
+
+
+def span(least: float, most: float) -> str:
+    """Two ratios, for people: 0.89 to 1.31."""
+    return f"{significant(least)} to {significant(most)}"
 
 
 def significant(value: float) -> str:
